@@ -1,0 +1,1 @@
+"""Memory-Enhanced Diffusion Language Models in JAX and Flax."""

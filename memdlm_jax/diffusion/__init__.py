@@ -1,0 +1,1 @@
+"""What any masked diffusion language model needs; knows no memory and no backbone."""

@@ -1,0 +1,33 @@
+"""Masks with static shapes: Bernoulli masks of the forward process, and masks of exact size by rank."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memdlm_jax.typing import Key, Mask, Tokens
+
+
+def bernoulli_mask(key: Key, maskable: Mask, ratio: Float[Array, "b"]) -> Mask:
+    """Mask each maskable position with probability ``ratio`` of its row, independently."""
+    return maskable & (jax.random.uniform(key, maskable.shape) < ratio[:, None])
+
+
+def choose_exactly(key: Key, candidates: Mask, count: Int[Array, "b"]) -> Mask:
+    """Choose ``count`` of each row's candidates, every subset being equally likely.
+
+    Args:
+        key: PRNG key.
+        candidates: [b, l] bool.
+        count: [b] int32; a row with fewer candidates has all of them chosen.
+
+    Returns:
+        [b, l] bool, a subset of ``candidates``.
+    """
+    scores = jnp.where(candidates, jax.random.uniform(key, candidates.shape), jnp.inf)
+    ranks = jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
+    return candidates & (ranks < count[:, None])
+
+
+def apply_mask(tokens: Tokens, mask: Mask, mask_token_id: int) -> Tokens:
+    """Put the mask token where ``mask`` is True."""
+    return jnp.where(mask, jnp.asarray(mask_token_id, tokens.dtype), tokens)

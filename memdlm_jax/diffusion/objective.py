@@ -1,0 +1,87 @@
+"""The masked diffusion loss, with logits only at the target positions."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from memdlm_jax.typing import Hidden, Mask, Tokens
+
+
+@flax.struct.dataclass
+class Targets:
+    """The supervised positions of every row, gathered into ``c`` slots.
+
+    Attributes:
+        positions: [b, c] int32 index into the row.
+        labels: [b, c] int32 clean token at that position.
+        present: [b, c] bool, False for slots that hold no target.
+    """
+
+    positions: Int[Array, "b c"]
+    labels: Int[Array, "b c"]
+    present: Bool[Array, "b c"]
+
+
+def gather_targets(tokens: Tokens, mask: Mask, capacity: int | None = None) -> Targets:
+    """List the masked positions of every row in order, in ``capacity`` static slots.
+
+    Args:
+        tokens: [b, l] int32 clean tokens.
+        mask: [b, l] bool, True at the positions to supervise.
+        capacity: slots c of a row; ``None`` means l. The caller guarantees that no row has more
+            targets (the data pipeline checks it on the host): slots beyond it would be lost.
+
+    Returns:
+        ``Targets`` with ``c = min(capacity, l)``.
+    """
+    length = tokens.shape[1]
+    capacity = length if capacity is None else min(capacity, length)
+    order = jnp.argsort(~mask, axis=-1, stable=True)[:, :capacity].astype(jnp.int32)
+    return Targets(
+        positions=order,
+        labels=jnp.take_along_axis(tokens, order, axis=1),
+        present=jnp.take_along_axis(mask, order, axis=1),
+    )
+
+
+def hidden_at(hidden: Hidden, targets: Targets) -> Float[Array, "b c d"]:
+    """Pick the hidden states of the target positions."""
+    return jnp.take_along_axis(hidden, targets.positions[..., None], axis=1)
+
+
+def row_losses(logits: Float[Array, "b c v"], targets: Targets) -> Float[Array, "b"]:
+    """Sum of -log p(label) over each row's targets, in nats; zero for a row without any."""
+    picked = jnp.take_along_axis(logits, targets.labels[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.sum(jnp.where(targets.present, nll, 0.0), axis=-1)
+
+
+def correct_counts(logits: Float[Array, "b c v"], targets: Targets) -> Int[Array, "b"]:
+    """Number of each row's targets whose most probable token is the label."""
+    hits = (jnp.argmax(logits, axis=-1) == targets.labels) & targets.present
+    return jnp.sum(hits, axis=-1)
+
+
+def diffusion_loss(
+    readout: Callable[[Hidden], jax.Array],
+    hidden: Hidden,
+    targets: Targets,
+    weight: Float[Array, "b"],
+) -> Float[Array, ""]:
+    """Weighted sum over rows and targets of -log p(x_0 | x_t), in nats (not yet normalised).
+
+    Args:
+        readout: maps hidden states [b, c, d] to logits [b, c, v].
+        hidden: [b, l, d] last hidden states on x_t.
+        targets: the masked positions.
+        weight: [b] loss weight w(t) of every row.
+
+    Returns:
+        Scalar sum. The MDLM loss divides it by the number of *maskable* tokens of the whole
+        batch; an inner loss divides it by the number of targets (paper, sections 2 and 4).
+    """
+    losses = row_losses(readout(hidden_at(hidden, targets)), targets)
+    return jnp.sum(losses * weight.astype(losses.dtype))

@@ -1,0 +1,1 @@
+"""Backbones behind the denoiser protocol; a backbone knows no training."""

@@ -1,0 +1,56 @@
+"""Bidirectional grouped-query attention with rotary positions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memdlm_jax.models.layers import Initializer, Linear
+
+
+def rotary(x: jax.Array, position_ids: jax.Array, theta: float) -> jax.Array:
+    """Rotate queries or keys by their positions (RoPE, rotate-half pairing of channels).
+
+    Args:
+        x: [b, l, heads, head_dim].
+        position_ids: [b, l] or [1, l] int32.
+        theta: base of the frequencies.
+
+    Returns:
+        [b, l, heads, head_dim] in the dtype of ``x``; angles are taken in float32 or wider.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
+    angles = position_ids[..., None, None].astype(wide) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(wide), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over all valid keys, in both directions; softmax in float32 or wider."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    kernel_init: Initializer
+    output_init: Initializer
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array | None, position_ids: jax.Array) -> jax.Array:
+        """Map [b, l, d] to [b, l, d]; ``valid`` [b, l] bool marks the keys that are seen."""
+
+        def project(name: str, heads: int) -> jax.Array:
+            y = Linear(heads * self.head_dim, self.kernel_init, self.param_dtype, name=name)(x)
+            return y.reshape(*x.shape[:-1], heads, self.head_dim)
+
+        query = rotary(project("q_proj", self.num_heads), position_ids, self.rope_theta)
+        key = rotary(project("k_proj", self.num_kv_heads), position_ids, self.rope_theta)
+        value = project("v_proj", self.num_kv_heads)
+        mask = None if valid is None else valid[:, None, None, :]
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+        mixed = mixed.reshape(*x.shape[:-1], -1)
+        return Linear(x.shape[-1], self.output_init, self.param_dtype, name="o_proj")(mixed)
