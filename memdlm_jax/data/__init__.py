@@ -1,0 +1,1 @@
+"""Text to batches: tokenizer, sources, needle tasks, supervised rows, ArrayRecord files, Grain."""
