@@ -63,19 +63,16 @@ class Tokenizer:
             ValueError: a special token is not in the vocabulary.
         """
         special = special or SpecialTokens()
-        for name, token in dataclasses.asdict(special).items():
-            if backend.token_to_id(token) is None:
-                raise ValueError(f"special.{name}={token!r} is not in the tokenizer's vocabulary")
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self.special = special
-        self.pad_id: int = backend.token_to_id(special.pad)
-        self.mask_id: int = backend.token_to_id(special.mask)
-        self.eos_id: int = backend.token_to_id(special.eos)
-        self.user_id: int = backend.token_to_id(special.user)
-        self.assistant_id: int = backend.token_to_id(special.assistant)
+        self.pad_id = _special_id(backend, "pad", special.pad)
+        self.mask_id = _special_id(backend, "mask", special.mask)
+        self.eos_id = _special_id(backend, "eos", special.eos)
+        self.user_id = _special_id(backend, "user", special.user)
+        self.assistant_id = _special_id(backend, "assistant", special.assistant)
 
     @property
     def vocab_size(self) -> int:
@@ -104,8 +101,8 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def token(self, token_id: int) -> str:
-        """Spelling of one id in the vocabulary (byte-level: a space is ``Ġ``)."""
-        return self._backend.id_to_token(token_id)
+        """Spelling of one id in the vocabulary (byte-level: a space is ``Ġ``); empty if none."""
+        return self._backend.id_to_token(token_id) or ""
 
     def digest(self) -> str:
         """Sha256 in hex of the canonical JSON and special tokens: equal iff ids mean the same."""
@@ -137,6 +134,14 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
         return cls(backend, special)
+
+
+def _special_id(backend: tokenizers.Tokenizer, name: str, token: str) -> int:
+    """Id of one special token."""
+    found = backend.token_to_id(token)
+    if found is None:
+        raise ValueError(f"special.{name}={token!r} is not in the tokenizer's vocabulary")
+    return found
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_numbers: bool = True) -> Tokenizer:
@@ -203,7 +208,7 @@ def _number_merges() -> list[tuple[str, str]]:
     pairs = [divmod(number, 10) for number in range(10, 100)]
     merges = [(str(a), str(b)) for a, b in pairs]
     for number in range(100, 1000):
-        a, b, c = str(number)
+        a, b, c = list(str(number))
         # BPE applies the earlier merge first: "21" before "32" leaves 321 as "3" + "21".
         right_first = b != "0" and (b, c) < (a, b)
         merges.append((a, b + c) if right_first else (a + b, c))
