@@ -1,4 +1,4 @@
-"""Masks with static shapes: Bernoulli masks of the forward process, and masks of exact size by rank."""
+"""Masks with static shapes: Bernoulli masks of the forward process, masks of exact size by rank."""
 
 import jax
 import jax.numpy as jnp

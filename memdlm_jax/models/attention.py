@@ -28,6 +28,34 @@ def rotary(x: jax.Array, position_ids: jax.Array, theta: float) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None
+) -> jax.Array:
+    """Softmax attention over all valid keys; scores and softmax in float32 or wider.
+
+    ``jax.nn.dot_product_attention`` takes the softmax in float32 whatever its inputs, which loses
+    float64 parity; this is the same product without that cast, and it has second derivatives.
+
+    Args:
+        query: [b, l, heads, head_dim].
+        key: [b, k, kv_heads, head_dim]; kv head j serves the query heads of its group.
+        value: like ``key``.
+        valid: [b, k] bool keys that are seen, or ``None`` for all.
+
+    Returns:
+        [b, l, heads, head_dim] in the dtype of ``query``.
+    """
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    b, l, heads, size = query.shape
+    grouped = query.reshape(b, l, key.shape[2], -1, size)
+    scores = jnp.einsum("blkgd,bmkd->bkglm", grouped, key, preferred_element_type=wide)
+    scores = scores * size**-0.5
+    if valid is not None:
+        scores = jnp.where(valid[:, None, None, None, :], scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkglm,bmkd->blkgd", weights, value).reshape(b, l, heads, size)
+
+
 class Attention(nn.Module):
     """Multi-head attention over all valid keys, in both directions; softmax in float32 or wider."""
 
@@ -50,7 +78,5 @@ class Attention(nn.Module):
         query = rotary(project("q_proj", self.num_heads), position_ids, self.rope_theta)
         key = rotary(project("k_proj", self.num_kv_heads), position_ids, self.rope_theta)
         value = project("v_proj", self.num_kv_heads)
-        mask = None if valid is None else valid[:, None, None, :]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
-        mixed = mixed.reshape(*x.shape[:-1], -1)
+        mixed = attend(query, key, value, valid).reshape(*x.shape[:-1], -1)
         return Linear(x.shape[-1], self.output_init, self.param_dtype, name="o_proj")(mixed)

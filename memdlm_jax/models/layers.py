@@ -1,4 +1,4 @@
-"""Small layers that every backbone shares: RMSNorm, a linear map that reads fast weights, SwiGLU."""
+"""Layers that every backbone shares: RMSNorm, a linear map that reads fast weights, SwiGLU."""
 
 from collections.abc import Callable
 
@@ -32,8 +32,8 @@ class Linear(nn.Module):
     """``y = x W`` plus, when the ``fast`` collection holds one for this layer, ``fast(x)``.
 
     The fast weight is any pytree that is callable on activations (see
-    ``memdlm_jax.memory.fast_weights``), stored under the name ``delta``. Without the collection this
-    is the plain linear map, to the bit.
+    ``memdlm_jax.memory.fast_weights``), stored under the name ``delta``. Without the collection
+    this is the plain linear map, to the bit.
     """
 
     features: int

@@ -1,4 +1,4 @@
-"""The dense LLaDA backbone: a bidirectional LLaMA-style transformer (Nie et al., arXiv 2502.09992)."""
+"""The dense LLaDA backbone: a bidirectional LLaMA-style transformer (arXiv 2502.09992)."""
 
 import dataclasses
 from collections.abc import Mapping

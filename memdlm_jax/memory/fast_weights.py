@@ -1,0 +1,163 @@
+"""Fast weights phi: what they are, where they sit, how they start.
+
+Phi is a nested dict that mirrors one layer of the backbone (``{"mlp": {"gate_proj": {"delta":
+LowRank}}}``). Every leaf has two leading axes before the matrix: ``[groups, layers, ...]``. A
+*group* is a set of rows that shares one memory (see ``MemoryConfig.scope``); ``layers`` counts
+the adapted layers only.
+"""
+
+import math
+
+import flax.struct
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.typing import Denoiser, Hidden, Key, Mask, Phi, Theta, Tokens
+
+
+@flax.struct.dataclass
+class LowRank:
+    """A LoRA fast weight: ``x -> scale * (x A) B``; A is [..., in, rank], B is [..., rank, out]."""
+
+    A: jax.Array
+    B: jax.Array
+    scale: float = flax.struct.field(pytree_node=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., in] to [..., out]."""
+        return ((x @ self.A) @ self.B) * self.scale
+
+
+@flax.struct.dataclass
+class Dense:
+    """A full fast weight: ``x -> x W`` with W [..., in, out]."""
+
+    W: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., in] to [..., out]."""
+        return x @ self.W
+
+
+def first_adapted_layer(num_layers: int, layer_fraction: float) -> int:
+    """Index of the first layer with fast weights: int(n (1 - fraction)), as the public code has it.
+
+    Raises:
+        ValueError: if no layer would be adapted.
+    """
+    first = int(num_layers * (1 - layer_fraction))
+    if first >= num_layers:
+        raise ValueError(
+            f"memory.layer_fraction={layer_fraction} adapts none of {num_layers} layers; "
+            f"it must be above {1 / num_layers:.3g}"
+        )
+    return first
+
+
+def split_of(denoiser: Denoiser, config: MemoryConfig) -> int:
+    """Number of trunk layers S of this denoiser under this config."""
+    return first_adapted_layer(denoiser.num_layers, config.layer_fraction)
+
+
+def init(key: Key, denoiser: Denoiser, config: MemoryConfig, groups: int, dtype=jnp.float32) -> Phi:
+    """Fresh fast weights phi_0, which leave the model unchanged.
+
+    Args:
+        key: PRNG key; only ``lora`` draws from it.
+        denoiser: says which matrices can adapt, and their shapes.
+        config: adapter, rank, alpha, layers and modules.
+        groups: memories to make. All groups start from the same A, so that what a row writes does
+            not depend on its place in the batch.
+        dtype: float32 over any base, float64 in parity tests.
+
+    Returns:
+        Phi with leaves [groups, adapted layers, in, ...]. A is uniform in +-1/sqrt(in) (PyTorch's
+        Kaiming-uniform with a = sqrt(5), as the public code draws it), B and W are zero.
+
+    Raises:
+        ValueError: if a target module is unknown to the denoiser, naming it and those known.
+    """
+    shapes = denoiser.adaptable()
+    unknown = sorted(set(config.target_modules) - set(shapes))
+    if unknown:
+        raise ValueError(
+            f"memory.target_modules has {unknown}, unknown to this denoiser; "
+            f"it has {sorted(shapes)}"
+        )
+    layers = denoiser.num_layers - split_of(denoiser, config)
+    paths = sorted(config.target_modules)
+    flat = {}
+    for path, path_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
+        _, rows, columns = shapes[path]
+        delta = _init_one(path_key, config, (layers, rows, columns), dtype)
+        flat[(*path.split("/"), "delta")] = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (groups, *leaf.shape)), delta
+        )
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def _init_one(key: Key, config: MemoryConfig, shape: tuple[int, int, int], dtype):
+    layers, rows, columns = shape
+    if config.adapter == "full":
+        return Dense(jnp.zeros((layers, rows, columns), dtype))
+    bound = 1 / math.sqrt(rows)
+    a = jax.random.uniform(key, (layers, rows, config.rank), dtype, -bound, bound)
+    scale = config.alpha / config.rank
+    return LowRank(a, jnp.zeros((layers, config.rank, columns), dtype), scale)
+
+
+def group_rows(tree, groups: int):
+    """Reshape every leaf [b, ...] to [groups, b / groups, ...]."""
+    return jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), tree)
+
+
+def ungroup_rows(tree):
+    """Inverse of ``group_rows``."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def head_with_memory(
+    denoiser: Denoiser,
+    theta: Theta,
+    phi: Phi,
+    hidden: Hidden,
+    valid: Mask | None = None,
+    position_ids: Tokens | None = None,
+    *,
+    split: int,
+) -> Hidden:
+    """Run the head with each group's own fast weights; ``phi = None`` is the plain model.
+
+    Args:
+        denoiser: the backbone.
+        theta: base parameters.
+        phi: fast weights with leading group axis, or ``None``.
+        hidden: [b, l, d] output of the trunk; the groups are consecutive runs of rows.
+        valid: [b, l] bool or ``None``.
+        position_ids: [b, l] int32 or ``None``.
+        split: number of trunk layers.
+
+    Returns:
+        [b, l, d] last hidden states, before the final norm.
+    """
+    if phi is None:
+        return denoiser.head(theta, None, hidden, valid, position_ids, split=split)
+    rows = group_rows((hidden, valid, position_ids), number_of_groups(phi))
+
+    def one_group(phi, rows):
+        return denoiser.head(theta, phi, *rows, split=split)
+
+    return ungroup_rows(jax.vmap(one_group)(phi, rows))
+
+
+def number_of_groups(phi: Phi) -> int:
+    """Memories that phi holds."""
+    return jax.tree.leaves(phi)[0].shape[0]
+
+
+def group_norms(tree: Phi) -> jax.Array:
+    """Euclidean norm over all leaves of every group, [groups]."""
+    squares = [jnp.sum(x**2, axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares))

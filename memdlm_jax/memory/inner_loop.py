@@ -1,0 +1,194 @@
+"""The inner loop: fold gradient steps on fast weights over a trajectory.
+
+``adapt`` takes any loss ``(theta, phi, state) -> scalar`` of *one group* and any optax optimiser;
+the denoising loss and clipped SGD of the paper are one choice of each.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from memdlm_jax.memory import fast_weights
+from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.typing import Phi, Theta
+
+InnerLoss = Callable[[Theta, Phi, Any], jax.Array]
+"""Loss of one group: (theta, phi without group axis, the group's state) -> scalar."""
+
+InnerGradient = Callable[[Theta, Phi, Any], tuple[jax.Array, Phi]]
+"""(theta, phi [g, ...], state [g, ...]) -> (losses [g], gradient like phi)."""
+
+
+@flax.struct.dataclass
+class InnerStep:
+    """What one inner step saw and did; leading axes [steps, groups].
+
+    Attributes:
+        loss: inner loss before the step, nats per supervised token (times its weight).
+        gradient_norm: norm of the whole gradient before clipping.
+        skipped: the step was left out because loss or gradient was not finite.
+    """
+
+    loss: Float[Array, "k g"]
+    gradient_norm: Float[Array, "k g"]
+    skipped: Bool[Array, "k g"]
+
+
+def adapt(
+    gradient: InnerGradient,
+    theta: Theta,
+    phi: Phi,
+    states: Sequence[Any],
+    optimizer: optax.GradientTransformation,
+) -> tuple[Phi, InnerStep]:
+    """Take one optimiser step on phi per state, in order (paper, equations 5 to 8).
+
+    Args:
+        gradient: ``reverse_gradient(loss)`` or ``forward_over_reverse_gradient(loss)``.
+        theta: base parameters, read only.
+        phi: fast weights, leaves [g, ...].
+        states: one per inner step, leaves [g, ...].
+        optimizer: applied to every group alone, its state starting afresh.
+
+    Returns:
+        The adapted phi, and the record of the steps. A step whose loss or gradient is not finite
+        leaves its group's phi and optimiser state as they were and is counted as skipped.
+    """
+    optimizer_state = jax.vmap(optimizer.init)(phi)
+    records = []
+    for state in states:
+        loss, grads = gradient(theta, phi, state)
+        updates, new_state = jax.vmap(optimizer.update)(grads, optimizer_state, phi)
+        norm = jax.lax.stop_gradient(fast_weights.group_norms(grads))
+        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+        phi = _where(fine, optax.apply_updates(phi, updates), phi)
+        optimizer_state = _where(fine, new_state, optimizer_state)
+        records.append(InnerStep(jax.lax.stop_gradient(loss), norm, ~fine))
+    return phi, jax.tree.map(lambda *steps: jnp.stack(steps), *records)
+
+
+def _where(fine: Bool[Array, "g"], new, old):
+    """Choose per group between two trees."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(fine.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old
+    )
+
+
+def inner_optimizer(config: MemoryConfig) -> optax.GradientTransformation:
+    """SGD after local clipping (paper, section 4.3)."""
+    sgd = optax.sgd(config.learning_rate)
+    return sgd if config.clip_norm is None else optax.chain(clip_local(config.clip_norm), sgd)
+
+
+def clip_local(norm: float) -> optax.GradientTransformation:
+    """Scale every gradient *matrix* (last two axes) whose norm exceeds ``norm`` down to it.
+
+    A stack of layers or experts is clipped matrix by matrix, as the public code clips tensor by
+    tensor; the factor is norm / (|g| + 1e-12).
+    """
+
+    def update(grads, state, params=None):
+        del params
+        return jax.tree.map(lambda g: _clip_matrix(g, norm), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _clip_matrix(g: jax.Array, bound: float) -> jax.Array:
+    # The gradient of A is exactly zero at phi_0 (B = 0), where d|g|/dg is 0/0: without the inner
+    # ``where`` the meta-gradient would be NaN from the first step on.
+    square = jnp.sum(g**2, axis=(-2, -1), keepdims=True)
+    norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
+    exceeds = (square > 0) & (norm > bound)
+    return g * jnp.where(exceeds, bound / (norm + 1e-12), 1.0)
+
+
+def reverse_gradient(loss: InnerLoss, axis_name: str | None = None) -> InnerGradient:
+    """Gradient in phi of every group's loss, by plain reverse mode.
+
+    Differentiating it again is reverse over reverse: correct, and the oracle of
+    ``forward_over_reverse_gradient``, but its residuals are large. ``axis_name`` sums the devices'
+    shares of the loss and must then not be differentiated again.
+    """
+
+    def value_and_gradient(theta, phi, state):
+        ones = jnp.ones((fast_weights.number_of_groups(phi),))
+        grads, losses = jax.grad(_weighted(loss), 1, has_aux=True)(theta, phi, state, ones)
+        return _over_devices((losses, grads), axis_name)
+
+    return value_and_gradient
+
+
+def forward_over_reverse_gradient(loss: InnerLoss, axis_name: str | None = None) -> InnerGradient:
+    """The same gradient with a cheap exact derivative: a Jacobian-vector product of the gradient.
+
+    For a cotangent v of grad_phi L, what flows back to (theta, phi, state) is the derivative of
+    grad_(theta, phi, state) L along v in phi (second derivatives commute), so that only the inputs
+    are kept for the backward pass (the idea of MixFlow-MG, arXiv 2505.00793).
+
+    With ``axis_name`` every device holds the same phi and a share of the loss: the rule sums the
+    incoming cotangent over the axis before the product and differentiates the local share.
+    """
+    weighted = _weighted(loss)
+
+    @jax.custom_vjp
+    def value_and_gradient(theta, phi, state):
+        return reverse_gradient(loss, axis_name)(theta, phi, state)
+
+    def forward(theta, phi, state):
+        return value_and_gradient(theta, phi, state), (theta, phi, state)
+
+    def backward(saved, cotangents):
+        theta, phi, state = saved
+        loss_cotangent, direction = _over_devices(cotangents, axis_name)
+        floats, rebuild = _split_floats(state)
+
+        def gradients(phi, weights):
+            def total(theta, phi, floats):
+                return weighted(theta, phi, rebuild(floats), weights)[0]
+
+            return jax.grad(total, (0, 1, 2))(theta, phi, floats)
+
+        # One product for both outputs: moving the weights along the losses' cotangent adds
+        # sum_g c_g grad L_g to the second-order term.
+        at = (phi, jnp.ones_like(loss_cotangent))
+        _, (d_theta, d_phi, d_floats) = jax.jvp(gradients, at, (direction, loss_cotangent))
+        return d_theta, d_phi, rebuild(d_floats, keep_others=False)
+
+    value_and_gradient.defvjp(forward, backward)
+    return value_and_gradient
+
+
+def _weighted(loss: InnerLoss):
+    """(theta, phi, state, weights [g]) -> (weighted sum of the groups' losses, losses [g])."""
+
+    def total(theta, phi, state, weights):
+        losses = jax.vmap(loss, in_axes=(None, 0, 0))(theta, phi, state)
+        return jnp.sum(losses * weights.astype(losses.dtype)), losses
+
+    return total
+
+
+def _over_devices(tree, axis_name: str | None):
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def _split_floats(tree):
+    """Return the inexact leaves of a tree, and a function that puts such leaves back into it."""
+    leaves, structure = jax.tree.flatten(tree)
+    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def rebuild(floats, keep_others=True):
+        floats = iter(floats)
+        merged = [
+            next(floats) if is_float else (leaf if keep_others else None)
+            for leaf, is_float in zip(leaves, inexact, strict=True)
+        ]
+        return jax.tree.unflatten(structure, merged)
+
+    return [x for x, is_float in zip(leaves, inexact, strict=True) if is_float], rebuild
