@@ -46,14 +46,14 @@ def attend(
         [b, l, heads, head_dim] in the dtype of ``query``.
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    b, l, heads, size = query.shape
-    grouped = query.reshape(b, l, key.shape[2], -1, size)
+    size = query.shape[-1]
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, size)
     scores = jnp.einsum("blkgd,bmkd->bkglm", grouped, key, preferred_element_type=wide)
     scores = scores * size**-0.5
     if valid is not None:
         scores = jnp.where(valid[:, None, None, None, :], scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkglm,bmkd->blkgd", weights, value).reshape(b, l, heads, size)
+    return jnp.einsum("bkglm,bmkd->blkgd", weights, value).reshape(query.shape)
 
 
 class Attention(nn.Module):

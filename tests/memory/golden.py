@@ -17,9 +17,9 @@ FOLDER = Path(__file__).parent.parent / "golden"
 LAYER_NAMES = {
     "input_layernorm": ("attention_norm", "scale"),
     "post_attention_layernorm": ("mlp_norm", "scale"),
-    **{f"self_attn.{n}": ("attention", n, "kernel") for n in ("q_proj", "k_proj", "v_proj", "o_proj")},
-    **{f"mlp.{n}": ("mlp", n, "kernel") for n in ("gate_proj", "up_proj", "down_proj")},
-}  # fmt: skip
+    **{f"self_attn.{n}_proj": ("attention", f"{n}_proj", "kernel") for n in "qkvo"},
+    **{f"mlp.{n}_proj": ("mlp", f"{n}_proj", "kernel") for n in ("gate", "up", "down")},
+}
 
 
 @functools.cache

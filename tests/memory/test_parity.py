@@ -84,7 +84,7 @@ def test_memory_off_is_the_plain_model(float64):
 
 @pytest.mark.parametrize("case", ["second_order_b1_clip1_f64", "second_order_b3_clipoff_f64"])
 def test_exact_meta_gradient(case, float64):
-    arrays, settings = golden.load(case)
+    arrays, _ = golden.load(case)
     loss, _, gradient = replay(case, "exact")
     assert golden.relative(loss, arrays["outer_loss"]) <= 1e-9
     for name, ours in gradient.items():

@@ -1,0 +1,1 @@
+"""Checkpoints: published model folders, and the state of a training run."""

@@ -1,0 +1,109 @@
+"""Model folders in the published format."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.models.llada import LLaDA, LLaDAConfig
+
+SIZES = dict(
+    vocab_size=20, width=16, num_layers=3, num_heads=4, num_kv_heads=2, hidden_features=24,
+    mask_token_id=1, max_length=32,
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = LLaDA(LLaDAConfig(**SIZES))
+    hugging_face.save(tmp_path, model, model.init(jax.random.key(0)))
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {k: v for k, v in config.items() if v is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip_is_bit_equal(tmp_path, tied, dtype):
+    model = LLaDA(LLaDAConfig(**SIZES, tied=tied, dtype=dtype, param_dtype=dtype))
+    theta = model.init(jax.random.key(0))
+    hugging_face.save(tmp_path, model, theta)
+    again, loaded = hugging_face.load(tmp_path, dtype)
+    assert again == model
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), theta, loaded)
+    assert jax.tree.all(same)
+
+
+def test_published_layout(folder):
+    """Published names, [out, in] matrices; the head shares its leaf name with the down map."""
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["model.transformer.blocks.2.ff_proj.weight"].shape == (24, 16)
+    assert tensors["model.transformer.blocks.0.ff_out.weight"].shape == (16, 24)
+    assert tensors["model.transformer.blocks.0.k_proj.weight"].shape == (8, 16)
+    assert tensors["model.transformer.ff_out.weight"].shape == (20, 16)
+
+
+def test_shards_load_like_one_file(folder):
+    _, whole = hugging_face.load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({n: tensors[n] for n in held}, folder / file)
+    index = {"weight_map": {n: file for file, held in parts.items() for n in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    _, sharded = hugging_face.load(folder)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), whole, sharded))
+
+
+def test_every_misfit_is_listed(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.transformer.ln_f.weight")
+    tensors["model.transformer.wte.weight"] = np.zeros((3, 16), np.float32)
+    tensors["stray"] = np.zeros(2, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        hugging_face.load(folder)
+    for part in ("missing model.transformer.ln_f.weight", "[3, 16], expected [20, 16]",
+                 "unexpected stray"):  # fmt: skip
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"block_type": "sequential"}, "block_type='sequential' is unsupported"),
+        ({"include_qkv_bias": True}, "include_qkv_bias"),
+        ({"d_model": ...}, "'d_model' is missing"),
+        ({"mask_token_id": 99}, r"mask_token_id=99 must lie in \[0, vocab_size=20\)"),
+        ({"n_heads": 3}, "width=16"),
+    ],
+)
+def test_bad_config(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        hugging_face.load(folder)
+
+
+def test_truncated_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        hugging_face.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        hugging_face.load(folder)

@@ -1,0 +1,121 @@
+"""The dense backbone behind the trunk/head protocol."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memdlm_jax.memory import fast_weights
+from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.models.attention import attend
+from memdlm_jax.models.llada import LLaDA, LLaDAConfig
+from memdlm_jax.typing import Denoiser
+
+CONFIG = LLaDAConfig(
+    vocab_size=20, width=16, num_layers=3, num_heads=4, num_kv_heads=2, hidden_features=24,
+    mask_token_id=1, max_length=32,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LLaDA(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def theta(model):
+    return model.init(jax.random.key(0))
+
+
+TOKENS = jnp.arange(14).reshape(2, 7)
+
+
+def logits(model, theta, phi=None, split=2, **where):
+    hidden = model.trunk(theta, TOKENS, split=split, **where)
+    last = fast_weights.head_with_memory(model, theta, phi, hidden, split=split, **where)
+    return model.readout(theta, last)
+
+
+def test_answers_the_protocol(model):
+    assert isinstance(model, Denoiser)
+
+
+@pytest.mark.parametrize("split", [0, 1, 3])
+def test_split_does_not_change_the_model(model, theta, split):
+    np.testing.assert_allclose(logits(model, theta, split=split), logits(model, theta), atol=1e-6)
+
+
+def test_remat_does_not_change_the_model(model, theta):
+    remat = LLaDA(dataclasses.replace(CONFIG, remat=True))
+    np.testing.assert_array_equal(logits(remat, theta), logits(model, theta))
+
+
+def test_zero_fast_weights_are_the_identity_to_the_bit(model, theta):
+    phi = fast_weights.init(jax.random.key(1), model, MemoryConfig(rank=4), groups=1)
+    phi = jax.tree.map(lambda leaf: leaf[0], phi)
+    hidden = model.trunk(theta, TOKENS, split=2)
+    plain = model.head(theta, None, hidden, split=2)
+    np.testing.assert_array_equal(model.head(theta, phi, hidden, split=2), plain)
+
+
+def test_fast_weights_act_like_a_merged_matrix(model, theta):
+    """(W + scale A B) in the base equals the adapted forward pass, for every adaptable matrix."""
+    config = MemoryConfig(rank=4, layer_fraction=0.3, target_modules=tuple(model.adaptable()))
+    phi = fast_weights.init(jax.random.key(1), model, config, groups=1)
+    phi = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), phi)
+    merged = jax.tree.map(jnp.copy, theta)
+    for part, modules in phi.items():
+        for name, fast in modules.items():
+            delta = fast["delta"].scale * fast["delta"].A[0, 0] @ fast["delta"].B[0, 0]
+            kernel = merged["layers"][part][name]["kernel"]
+            merged["layers"][part][name]["kernel"] = kernel.at[2].add(delta)
+    adapted = logits(model, theta, phi)
+    np.testing.assert_allclose(adapted, logits(model, merged), atol=1e-5)
+    assert jnp.abs(adapted - logits(model, theta)).max() > 0.01
+
+
+def test_every_position_sees_every_valid_one_and_no_other(model, theta):
+    valid = jnp.ones_like(TOKENS, bool).at[:, 5:].set(False)
+    base = logits(model, theta, valid=valid)
+
+    def moved(position):
+        hidden = model.trunk(theta, TOKENS.at[:, position].set(19), valid, split=3)
+        return jnp.abs(model.readout(theta, hidden) - base)[:, 0].max()
+
+    assert moved(6) == 0
+    assert moved(4) > 1e-4
+
+
+def test_only_relative_positions_matter(model, theta):
+    shifted = jnp.arange(7)[None] + jnp.array([[3], [11]])
+    np.testing.assert_allclose(
+        logits(model, theta, position_ids=shifted), logits(model, theta), atol=1e-5
+    )
+
+
+def test_attend_equals_a_loop():
+    query, key, value = (
+        jax.random.normal(jax.random.key(i), (2, 5, heads, 4)) for i, heads in enumerate((6, 2, 2))
+    )
+    ours = attend(query, key, value, None)
+    for b, i, h in np.ndindex(2, 5, 6):
+        scores = np.asarray(key[b, :, h // 3] @ query[b, i, h]) / 2
+        weights = np.exp(scores) / np.exp(scores).sum()
+        np.testing.assert_allclose(ours[b, i, h], weights @ value[b, :, h // 3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 3}, "width=16 must be num_heads=3 times an even"),
+        ({"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
+        ({"mask_token_id": 20}, "mask_token_id=20"),
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"width": -16}, "width=-16"),
+    ],
+)
+def test_bad_sizes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
