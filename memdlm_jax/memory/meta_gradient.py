@@ -8,6 +8,8 @@ gradient:
 * ``exact``: nothing is.
 """
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,9 @@ from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.inner_loop import InnerStep
 from memdlm_jax.memory.trajectory import State, Trajectory
 from memdlm_jax.typing import Batch, Denoiser, Hidden, Key, Mask, Phi, Theta
+
+Corrupt = Callable[[Key, Batch], tuple[Mask, Float[Array, "b"]]]
+"""(key, batch) -> (anchor mask [b, l] within ``maskable``, loss weight [b])."""
 
 
 @flax.struct.dataclass
@@ -45,6 +50,32 @@ class OuterLoss:
     phi: Phi = None
 
 
+def step_keys(key: Key, axis_name: str | None = None) -> tuple[Key, Key, Key]:
+    """Keys of phi_0, the anchor and the inner masks; the last two differ between devices."""
+    phi_key, anchor_key, mask_key = jax.random.split(key, 3)
+    if axis_name is not None:
+        device = jax.lax.axis_index(axis_name)
+        anchor_key, mask_key = (jax.random.fold_in(k, device) for k in (anchor_key, mask_key))
+    return phi_key, anchor_key, mask_key
+
+
+def draw_anchor(
+    key: Key,
+    denoiser: Denoiser,
+    batch: Batch,
+    schedule: LinearSchedule,
+    capacity: int | None = None,
+    corrupt: Corrupt | None = None,
+) -> tuple[Mask, State]:
+    """Draw the outer loss's mask [b, l] and its state x_t, by the schedule or by ``corrupt``."""
+    if corrupt is None:
+        mask, t = trajectories.draw_anchor(key, batch, schedule)
+        weight = loss_weight(t)
+    else:
+        mask, weight = corrupt(key, batch)
+    return mask, trajectories.anchor_state(batch, mask, weight, denoiser.mask_token_id, capacity)
+
+
 def draw(
     key: Key,
     denoiser: Denoiser,
@@ -54,6 +85,7 @@ def draw(
     *,
     capacity: int | None = None,
     axis_name: str | None = None,
+    corrupt: Corrupt | None = None,
 ) -> tuple[Phi, State, Trajectory]:
     """Draw all that is random in one step: phi_0, the anchor, and the trajectory to it.
 
@@ -66,15 +98,10 @@ def draw(
         schedule: masking schedule of the outer loss.
         capacity: target slots of a row, see ``objective.gather_targets``.
         axis_name: device axis, if any.
+        corrupt: draws the anchor's mask and weight in the schedule's place.
     """
-    phi_key, anchor_key, mask_key = jax.random.split(key, 3)
-    if axis_name is not None:
-        device = jax.lax.axis_index(axis_name)
-        anchor_key, mask_key = (jax.random.fold_in(k, device) for k in (anchor_key, mask_key))
-    mask, t = trajectories.draw_anchor(anchor_key, batch, schedule)
-    anchor = trajectories.anchor_state(
-        batch, mask, loss_weight(t), denoiser.mask_token_id, capacity
-    )
+    phi_key, anchor_key, mask_key = step_keys(key, axis_name)
+    mask, anchor = draw_anchor(anchor_key, denoiser, batch, schedule, capacity, corrupt)
     masks = trajectories.draw_masks(
         mask_key, batch.maskable, mask, config.steps, config.pre_anchor_scale
     )

@@ -1,0 +1,1 @@
+"""The outer loop: optimiser, state, one step, and the loop around it."""
