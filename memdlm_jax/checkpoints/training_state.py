@@ -1,0 +1,270 @@
+"""Training state on disk: Orbax for the arrays, our own digests for trust.
+
+Orbax commits a step by renaming a temporary folder, so a process killed while it saves leaves the
+step before usable. It detects neither a flipped byte nor a changed dtype at restore; the digests
+written here do.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+logger = logging.getLogger(__name__)
+
+Json = Any
+"""What ``json`` reads and writes: None, bool, int, float, str, list, dict."""
+
+
+class ConfigMismatch(ValueError):
+    """The checkpoint was written under another configuration."""
+
+
+class NoUsableCheckpoint(RuntimeError):
+    """There are checkpoints, but none of them can be trusted."""
+
+
+class _Corrupt(RuntimeError):
+    """One step on disk is not what was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A verified checkpoint.
+
+    Attributes:
+        step: optimiser steps taken.
+        state: pytree of arrays, like the template.
+        position: data position, batches consumed.
+        extra: the caller's notes.
+    """
+
+    step: int
+    state: Any
+    position: int
+    extra: dict[str, Json]
+
+
+class TrainingCheckpoints:
+    """Checkpoints of one run in one folder: the newest ``keep_last`` and the best one."""
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Json], keep_last: int = 2):
+        """Open or make ``folder``.
+
+        Args:
+            folder: where the steps lie.
+            config: dotted name -> value of everything that must not change within a run (model
+                shapes, optimiser, memory, digest of the data).
+            keep_last: newest steps to keep, at least 1; 2 or more leave one to fall back to.
+        """
+        if keep_last < 1:
+            raise ValueError(f"keep_last={keep_last} must be at least 1")
+        self.folder = Path(folder).absolute()
+        self.config = json.loads(json.dumps(dict(config), sort_keys=True))
+        self._keep_last = keep_last
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        keep = policies.AnyPreservationPolicy([policies.LatestN(self._keep_last), best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            best_fn=_loss,  # without it Orbax would not write the metrics
+            best_mode="min",
+            cleanup_tmp_directories=True,
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        position: int,
+        *,
+        loss: float | None = None,
+        extra: Mapping[str, Json] | None = None,
+    ) -> None:
+        """Write one step; returns when the arrays are copied, the disk may still be busy.
+
+        Args:
+            step: optimiser steps taken, above that of every step saved before.
+            state: pytree of arrays.
+            position: data position, batches consumed.
+            loss: validation loss of this state; the step with the lowest is kept as the best.
+            extra: notes that come back with ``restore``.
+        """
+        notes = {
+            "config": self.config,
+            "position": position,
+            "extra": dict(extra or {}),
+            "arrays": {name: _describe(leaf) for name, leaf in _named(state).items()},
+        }
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            notes=ocp.args.JsonSave({"notes": notes, "sha256": _json_digest(notes)}),
+        )
+        # Orbax warns about steps without metrics once it tracks a best one.
+        metrics = {"loss": math.inf if loss is None else loss}
+        self._manager.save(step, args=arguments, metrics=metrics, force=True)
+
+    def wait(self) -> None:
+        """Block until everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and release Orbax's threads."""
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """Step with the lowest validation loss among those on disk, if any has one."""
+        step = self._manager.best_step()
+        if step is None or self._manager.metrics(step)["loss"] == math.inf:
+            return None
+        return step
+
+    def restore_latest(self, template: Any) -> Restored | None:
+        """Restore the newest step that passes verification.
+
+        A step that does not pass is renamed to ``STEP.corrupt`` and the one before is tried.
+
+        Args:
+            template: pytree of arrays, or of ``jax.ShapeDtypeStruct`` with sharding: structure,
+                shapes, dtypes and placement that the result must have.
+
+        Returns:
+            The checkpoint, or ``None`` if the folder holds none.
+
+        Raises:
+            NoUsableCheckpoint: if there are steps but all of them are corrupt.
+            ConfigMismatch: if configuration or arrays differ from the present ones, naming the
+                first field that does.
+        """
+        steps = self.steps()[::-1]
+        for step in steps:
+            try:
+                return self.restore(step, template)
+            except _Corrupt as error:
+                logger.warning(
+                    "checkpoint %d in %s is corrupt (%s); falling back to the one before",
+                    step, self.folder, error,
+                )  # fmt: skip
+                self._set_aside(step)
+        if steps:
+            raise NoUsableCheckpoint(
+                f"all checkpoints in {self.folder} are corrupt (steps {steps}, renamed to "
+                "STEP.corrupt); move the folder away to start from the beginning"
+            )
+        return None
+
+    def restore(self, step: int, template: Any) -> Restored:
+        """Restore one step; see ``restore_latest``."""
+        try:
+            arguments = ocp.args.Composite(notes=ocp.args.JsonRestore())
+            notes = _checked_notes(self._manager.restore(step, args=arguments)["notes"])
+        except Exception as error:
+            raise _Corrupt(f"its notes: {_first_line(error)}") from error
+        self._check_config(step, notes["config"])
+        _check_arrays(step, notes["arrays"], template)
+        try:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            state = self._manager.restore(step, args=arguments)["state"]
+        except Exception as error:
+            raise _Corrupt(_first_line(error)) from error
+        for name, leaf in _named(state).items():
+            if _describe(leaf) != notes["arrays"][name]:
+                raise _Corrupt(f"the digest of array {name} is not the one saved")
+        return Restored(step, state, notes["position"], notes["extra"])
+
+    def _check_config(self, step: int, saved: dict[str, Json]) -> None:
+        for name in sorted(saved.keys() | self.config.keys()):
+            old, new = saved.get(name, "(absent)"), self.config.get(name, "(absent)")
+            if old != new:
+                raise ConfigMismatch(
+                    f"checkpoint {step} in {self.folder} has {name}={old!r}, this run has "
+                    f"{name}={new!r}; restore the value or choose another folder"
+                )
+
+    def _set_aside(self, step: int) -> None:
+        """Rename a step so that neither Orbax nor a later run sees it."""
+        self._manager.close()
+        aside = self.folder / f"{step}.corrupt"
+        for number in range(1, 1000):
+            if not aside.exists():
+                break
+            aside = self.folder / f"{step}.corrupt.{number}"
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(aside)
+        multihost_utils.sync_global_devices("checkpoint set aside")
+        self._manager = self._open()
+
+
+def _loss(metrics: Mapping[str, float]) -> float:
+    return metrics["loss"]
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Slash-separated path -> leaf."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
+def _describe(leaf: jax.Array) -> dict[str, Json]:
+    content = _on_host(leaf)
+    digest = hashlib.sha256(np.ascontiguousarray(content).reshape(-1).view(np.uint8)).hexdigest()
+    return {"shape": list(content.shape), "dtype": str(content.dtype), "sha256": digest}
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    """The whole array, also where this process holds only a share of it."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def _json_digest(value: Json) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _checked_notes(stored: dict[str, Json]) -> dict[str, Json]:
+    if _json_digest(stored["notes"]) != stored["sha256"]:
+        raise _Corrupt("their digest is not the one saved")
+    return stored["notes"]
+
+
+def _check_arrays(step: int, saved: dict[str, Json], template: Any) -> None:
+    """Compare names, shapes and dtypes; Orbax would cast a differing dtype without a word."""
+    expected = {
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+        for name, leaf in _named(template).items()
+    }
+    for name in sorted(saved.keys() | expected.keys()):
+        old = {k: v for k, v in saved.get(name, {}).items() if k != "sha256"}
+        new = expected.get(name, {})
+        if old != new:
+            raise ConfigMismatch(
+                f"array {name} of checkpoint {step} is {old or 'absent'}, "
+                f"this run has {new or 'none'}"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
