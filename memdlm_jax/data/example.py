@@ -34,7 +34,7 @@ class Example:
     def __post_init__(self):
         if not self.response:
             raise ValueError(f"response of an example of group {self.group!r} is empty")
-        for role, _ in self.messages:
+        for role in {role for role, _ in self.messages}:
             check_choice("role", role, ROLES)
 
     @property

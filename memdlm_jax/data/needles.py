@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import importlib.resources
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -163,16 +163,31 @@ def _singular(template: str) -> str:
     return template.replace("{type}", "number")
 
 
+def wording(count: int, seed: int = 0) -> Iterator[str]:
+    """Needles and questions about training keys, to train a tokenizer on; needs no tokenizer."""
+    rng = np.random.default_rng(seed)
+    words = key_parts(1, "train")[0]
+    for index in range(count):
+        key = "-".join(rng.choice(words, 1 + index % 2))
+        value = rng.integers(100, 1000)
+        texts = _HEAD, NEEDLE.format(key=key, value=value), f"{_QUESTION} {_PREFIX}"
+        text = "\n".join(texts).replace("{key}", key)
+        yield text.replace("{type}", "numbers") if index % 4 else _singular(text)
+
+
 class NeedleTask:
     """Episodes of one task: ``episode(seed, index)`` is a pure function, in any order."""
 
-    def __init__(self, config: NeedleConfig, tokenizer: Tokenizer, filler: Sequence[str] = ()):
+    def __init__(
+        self, config: NeedleConfig, tokenizer: Tokenizer, filler: Sequence[str] | Filler = ()
+    ):
         """Tokenise the filler and check that the longest keys fit.
 
         Args:
             config: the task.
             tokenizer: counts the length; with ours every length is exact.
-            filler: sentences of the haystack ``text``, from the split of the episodes.
+            filler: sentences of the haystack ``text``, from the split of the episodes; a
+                ``Filler`` (joined by spaces) is shared by several tasks.
 
         Raises:
             ValueError: ``length`` is too short, or ``filler`` is empty where it is needed.
@@ -181,10 +196,10 @@ class NeedleTask:
         self.config = config
         self.tokenizer = tokenizer
         repeat = config.haystack == "repeat"
-        self._filler = Filler(
-            [REPEATED] if repeat else filler, tokenizer, separator="\n" if repeat else " "
-        )
         self._separator = "\n" if repeat else " "
+        if repeat or not isinstance(filler, Filler):
+            filler = Filler([REPEATED] if repeat else filler, tokenizer, self._separator)
+        self._filler = filler
         self._parts = key_parts(config.key_words, config.split)
         self._check_length()
         first = self._build(0, 0, piecewise=True)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z])")
+_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s+[\"'(\[]*[A-Z])")
 _ABBREVIATION = re.compile(r"(?:^|\s)(?:Mr|Mrs|Ms|Dr|St|Prof|Rev|Capt|vs|e\.g|i\.e|[A-Z])\.$")
 
 
@@ -18,14 +18,11 @@ def one_space(text: str) -> str:
 
 def split_sentences(text: str) -> list[str]:
     """Sentences of English prose, each on one line; abbreviations such as "Mrs." end none."""
-    sentences: list[str] = []
-    pending = ""
-    for part in _SENTENCE_END.split(one_space(text)):
-        pending = f"{pending} {part}" if pending else part
-        if not _ABBREVIATION.search(pending):
-            sentences.append(pending)
-            pending = ""
-    return [sentence for sentence in [*sentences, pending] if sentence]
+    text = one_space(text)
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    ends = [end for end in ends if not _ABBREVIATION.search(text[:end][-12:])]
+    bounds = zip([0, *ends], [*ends, len(text)], strict=True)
+    return [sentence for start, end in bounds if (sentence := text[start:end].strip())]
 
 
 def stable_split(name: str, train: float, validation: float) -> Split:

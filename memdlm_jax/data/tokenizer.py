@@ -116,16 +116,20 @@ class Tokenizer:
         self._backend.save(str(path), pretty=False)
 
     @classmethod
-    def load(cls, path: str | Path, special: SpecialTokens | None = None) -> "Tokenizer":
+    def load(
+        cls, path: str | Path, special: SpecialTokens | None = None, digest: str = ""
+    ) -> "Tokenizer":
         """Read a ``tokenizer.json``, ours or a foreign one.
 
         Args:
             path: the file.
             special: spelling of the special tokens; ``None`` is ours.
+            digest: what ``digest()`` has to be; empty accepts any tokenizer.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is no ``tokenizer.json``, or lacks a special token.
+            ValueError: the file is no ``tokenizer.json``, lacks a special token, or is another
+                tokenizer than the one asked for.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no tokenizer at {path}; train one with train_tokenizer")
@@ -133,7 +137,13 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
-        return cls(backend, special)
+        loaded = cls(backend, special)
+        if digest and loaded.digest() != digest:
+            raise ValueError(
+                f"{path} has digest {loaded.digest()}, but {digest} was asked for: ids of another "
+                "tokenizer mean other text"
+            )
+        return loaded
 
 
 def _special_id(backend: tokenizers.Tokenizer, name: str, token: str) -> int:
