@@ -43,7 +43,7 @@ class Filler:
         if not texts:
             raise ValueError(f"none of the {len(sentences)} filler sentences is free of digits")
         self._tokenizer = tokenizer
-        self._separator = separator
+        self.separator = separator
         ids = tokenizer.encode_batch([separator + text for text in texts])
         self._pieces = [Piece(*pair) for pair in zip(texts, ids, strict=True)]
         self._by_length: dict[int, list[int]] = defaultdict(list)
@@ -56,7 +56,7 @@ class Filler:
 
     def piece(self, text: str) -> Piece:
         """Any text as a piece of context."""
-        return Piece(text, self._tokenizer.encode(self._separator + text))
+        return Piece(text, self._tokenizer.encode(self.separator + text))
 
     def extra_at_start(self, piece: Piece) -> int:
         """Tokens that a piece costs more (or less) where it opens the context."""
@@ -95,5 +95,5 @@ class Filler:
         for cut in range(min(budget, len(piece.ids) - 1), 0, -1):
             if self._tokenizer.token(piece.ids[cut]).startswith(_WORD_STARTS):
                 ids = piece.ids[:cut]
-                return Piece(self._tokenizer.decode(ids).removeprefix(self._separator), ids)
+                return Piece(self._tokenizer.decode(ids).removeprefix(self.separator), ids)
         return Piece("", [])

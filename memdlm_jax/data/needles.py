@@ -170,9 +170,11 @@ def wording(count: int, seed: int = 0) -> Iterator[str]:
     for index in range(count):
         key = "-".join(rng.choice(words, 1 + index % 2))
         value = rng.integers(100, 1000)
-        texts = _HEAD, NEEDLE.format(key=key, value=value), f"{_QUESTION} {_PREFIX}"
-        text = "\n".join(texts).replace("{key}", key)
-        yield text.replace("{type}", "numbers") if index % 4 else _singular(text)
+        head, question = _HEAD, f"{_QUESTION} {_PREFIX}"
+        if index % 4 == 0:
+            head, question = _singular(head), _singular(question)
+        text = "\n".join((head, NEEDLE.format(key=key, value=value), question))
+        yield text.replace("{type}", "numbers").replace("{key}", key)
 
 
 class NeedleTask:
@@ -187,7 +189,7 @@ class NeedleTask:
             config: the task.
             tokenizer: counts the length; with ours every length is exact.
             filler: sentences of the haystack ``text``, from the split of the episodes; a
-                ``Filler`` (joined by spaces) is shared by several tasks.
+                ``Filler`` can be shared by several tasks.
 
         Raises:
             ValueError: ``length`` is too short, or ``filler`` is empty where it is needed.
@@ -195,11 +197,9 @@ class NeedleTask:
         """
         self.config = config
         self.tokenizer = tokenizer
-        repeat = config.haystack == "repeat"
-        self._separator = "\n" if repeat else " "
-        if repeat or not isinstance(filler, Filler):
-            filler = Filler([REPEATED] if repeat else filler, tokenizer, self._separator)
-        self._filler = filler
+        if config.haystack == "repeat":
+            filler = Filler([REPEATED], tokenizer, "\n")
+        self._filler = filler if isinstance(filler, Filler) else Filler(filler, tokenizer)
         self._parts = key_parts(config.key_words, config.split)
         self._check_length()
         first = self._build(0, 0, piecewise=True)
@@ -227,7 +227,7 @@ class NeedleTask:
         fixed = [self.tokenizer.encode(text) for text in frame]
         budget = self.config.length - TURN_TOKENS - sum(map(len, fixed))
         pieces = self._context(rng, needles, budget)
-        prompt = head + self._separator.join(piece.text for piece in pieces) + tail
+        prompt = head + self._filler.separator.join(piece.text for piece in pieces) + tail
         return Episode(
             prompt=prompt,
             response=response,
