@@ -1,0 +1,55 @@
+"""Metrics to JSON lines and TensorBoard."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import tensorboardX
+
+
+class MetricsWriter:
+    """Appends to ``metrics.jsonl`` and to TensorBoard event files of one folder."""
+
+    def __init__(self, folder: str | Path, step: int = 0):
+        """Open for a run that continues after ``step``; lines beyond it are cut off."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        cut_after(self.path, step)
+        self._file = self.path.open("a")
+        self._board = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1 if step else None
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line and its curves; values that are not finite become null in JSON."""
+        values = {name: float(value) for name, value in metrics.items()}
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and a line that a killed process left unfinished."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if 0 <= _step_of(line) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1

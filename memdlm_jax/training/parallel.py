@@ -1,0 +1,114 @@
+"""The step functions compiled for the devices of this process: ``jit`` on one, ``pmap`` on more."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from memdlm_jax.training import flops, step
+from memdlm_jax.training.state import TrainState
+from memdlm_jax.training.step import Metrics, StepSetup, Sums
+from memdlm_jax.typing import Batch, Key, Theta
+
+AXIS = "batch"
+
+
+class CompiledSteps:
+    """Train and validation steps, compiled once per batch shape.
+
+    Attributes:
+        compile_seconds: wall time spent tracing and compiling so far.
+    """
+
+    def __init__(self, setup: StepSetup, capacity_of: Callable[[int], int]):
+        """Prepare for all local devices.
+
+        Args:
+            setup: of the step; its ``capacity`` and ``axis_name`` are set here.
+            capacity_of: row length -> target slots of a row.
+        """
+        self._setup, self._capacity_of = setup, capacity_of
+        self._devices = jax.local_devices()
+        self._compiled: dict[tuple, Callable] = {}
+        self._flops: dict[tuple[int, ...], tuple[int, float]] = {}
+        self.compile_seconds = 0.0
+
+    def place(self, state: Any) -> Any:
+        """Put a pytree on all devices, a whole copy on each."""
+        if len(self._devices) == 1:
+            return jax.device_put(state, self._devices[0])
+        mesh = Mesh(np.array(self._devices), (AXIS,))
+        return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+
+    def train(
+        self, state: TrainState, batch: Batch, key: Key, report: bool
+    ) -> tuple[TrainState, Metrics]:
+        """``step.train_step`` on a batch of host arrays [b, l]; ``state`` is donated."""
+        return self._run(step.train_step, (0,), state, batch, key, np.bool_(report))
+
+    def evaluate(self, theta: Theta, batch: Batch, key: Key) -> Sums:
+        """``step.eval_step`` on a batch of host arrays [b, l]."""
+        return self._run(step.eval_step, (), theta, batch, key)
+
+    def inner_loop_share(self, state: TrainState, batch: Batch) -> tuple[int, float]:
+        """Matrix-product FLOPs of one step on this batch, and the inner loop's share of them.
+
+        Counted on the traced step (see ``flops``) of one device that holds the whole batch, the
+        memory-off loss left out. The share is 1 - plain / with memory, where plain is the same
+        step with ``memory = None``. Traced once per batch shape.
+        """
+        shape = batch.tokens.shape
+        if shape not in self._flops:
+            start = time.monotonic()
+            setup = dataclasses.replace(self._setup_for(shape[1]), axis_name=None)
+            plain = _count(dataclasses.replace(setup, memory=None), state, batch)
+            full = plain if setup.memory is None else _count(setup, state, batch)
+            self._flops[shape] = full, 1 - plain / full if full else 0.0
+            self.compile_seconds += time.monotonic() - start
+        return self._flops[shape]
+
+    def _setup_for(self, length: int) -> StepSetup:
+        capacity = self._capacity_of(length)
+        axis_name = AXIS if len(self._devices) > 1 else None
+        return dataclasses.replace(self._setup, capacity=capacity, axis_name=axis_name)
+
+    def _run(self, function: Callable, donate: tuple[int, ...], tree, batch: Batch, *rest):
+        batch = self._split(batch)
+        name = (function, batch.tokens.shape)
+        if name not in self._compiled:
+            start = time.monotonic()
+            setup = self._setup_for(batch.tokens.shape[-1])
+            bound = functools.partial(function, setup=setup)
+            wrapped = self._wrap(bound, donate, len(rest))
+            self._compiled[name] = wrapped.lower(tree, batch, *rest).compile()
+            self.compile_seconds += time.monotonic() - start
+        return self._compiled[name](tree, batch, *rest)
+
+    def _wrap(self, function: Callable, donate: tuple[int, ...], extra: int):
+        if len(self._devices) == 1:
+            return jax.jit(function, donate_argnums=donate)
+        return jax.pmap(
+            function, AXIS, in_axes=(None, 0, *(None,) * extra), out_axes=None,
+            devices=self._devices, donate_argnums=donate,
+        )  # fmt: skip
+
+    def _split(self, batch: Batch) -> Batch:
+        """[b, l] -> [devices, b / devices, l] where there are several."""
+        count, rows = len(self._devices), batch.tokens.shape[0]
+        if count == 1:
+            return batch
+        if rows % count:
+            raise ValueError(f"a batch of {rows} rows cannot be split over {count} devices")
+        return jax.tree.map(lambda x: np.reshape(x, (count, rows // count, *x.shape[1:])), batch)
+
+
+def _count(setup: StepSetup, state: TrainState, batch: Batch) -> int:
+    def one(state, batch, key):
+        return step.train_step(state, batch, key, False, setup=setup)
+
+    return flops.matmul_flops(one, state, batch, jax.random.key(0))
