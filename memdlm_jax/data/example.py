@@ -24,12 +24,15 @@ class Example:
         response: what the model has to produce.
         group: what must stay together in one split, such as the conversation.
         source: where the example is from.
+        prefix: start of the response that is given to the model (a prefill): it opens the
+            response's turn, is never masked and carries no loss.
     """
 
     prompt: str | tuple[Message, ...]
     response: str
     group: str
     source: str
+    prefix: str = ""
 
     def __post_init__(self):
         if not self.response:

@@ -24,7 +24,11 @@ class Piece:
 
 
 class Filler:
-    """Sentences in the order of their source, joined by a space or a line break."""
+    """Sentences in the order of their source, joined by a space or a line break.
+
+    Attributes:
+        separator: what stands between pieces of context.
+    """
 
     def __init__(self, sentences: Sequence[str], tokenizer: Tokenizer, separator: str = " "):
         """Tokenise the sentences.
@@ -41,7 +45,7 @@ class Filler:
         texts = [one_space(s) for s in sentences if not any(c.isdigit() for c in s)]
         texts = [text for text in texts if text]
         if not texts:
-            raise ValueError(f"none of the {len(sentences)} filler sentences is free of digits")
+            raise ValueError(f"filler: of {len(sentences)} sentences none is free of digits")
         self._tokenizer = tokenizer
         self.separator = separator
         ids = tokenizer.encode_batch([separator + text for text in texts])

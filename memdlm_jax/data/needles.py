@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from memdlm_jax.data.example import TURN_TOKENS
+from memdlm_jax.data.example import TURN_TOKENS, Example
 from memdlm_jax.data.filler import Filler, Piece
 from memdlm_jax.data.text import (
     SPLITS,
@@ -90,6 +90,7 @@ class Episode:
 
     Attributes:
         prompt: instruction, context, question and the start of the answer.
+        prefix: the start of the answer, with which ``prompt`` ends.
         response: what a right answer goes on with, leading space included.
         key: the key asked for.
         values: its values, in the order of the context; they are the references of the score.
@@ -99,6 +100,7 @@ class Episode:
     """
 
     prompt: str
+    prefix: str
     response: str
     key: str
     values: tuple[str, ...]
@@ -110,6 +112,14 @@ class Episode:
     def value(self) -> str:
         """The first value asked for (the only one when ``num_values`` is 1)."""
         return self.values[0]
+
+    def example(self, group: str) -> Example:
+        """The episode as a row: RULER's start of the answer opens the response's turn.
+
+        The white space between question and start of the answer becomes the change of turns.
+        """
+        question = self.prompt.removesuffix(self.prefix).rstrip()
+        return Example(question, self.response, group, "needles", prefix=f" {self.prefix}")
 
 
 def chance_floor(config: NeedleConfig) -> float:
@@ -230,6 +240,7 @@ class NeedleTask:
         prompt = head + self._filler.separator.join(piece.text for piece in pieces) + tail
         return Episode(
             prompt=prompt,
+            prefix=tail[tail.rindex("The special") :],
             response=response,
             key=keys[0],
             values=asked,

@@ -76,6 +76,7 @@ class Encoder:
         response = [*self._ids(example.response), self.tokenizer.eos_id]
         turns = [self._turn(message) for message in example.messages]
         opening = [self.tokenizer.assistant_id] if _has_turns(example) else []
+        opening += self.tokenizer.encode(example.prefix)
         room = self.config.max_length - len(opening) - len(response)
         if room < 0:
             return self._response_too_long(example, len(opening) + len(response))

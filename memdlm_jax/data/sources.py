@@ -165,8 +165,7 @@ def text_sentences(path: str | Path, split: Split) -> list[str]:
 def needle_examples(task: NeedleTask, seed: int, count: int) -> Iterator[Example]:
     """The first ``count`` episodes of the stream ``seed``."""
     for index in range(count):
-        episode = task.episode(seed, index)
-        yield Example(episode.prompt, episode.response, f"needles/{seed}/{index}", "needles")
+        yield task.episode(seed, index).example(f"needles/{seed}/{index}")
 
 
 @functools.cache

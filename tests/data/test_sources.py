@@ -168,7 +168,8 @@ def test_needles_as_examples(tokenizer, sentences):
     task = NeedleTask(NeedleConfig(length=256), tokenizer, sentences)
     first, second = sources.needle_examples(task, 9, 2)
     episode = task.episode(9, 1)
-    assert (second.prompt, second.response) == (episode.prompt, episode.response)
+    assert second.prompt + second.prefix == episode.prompt
+    assert second.response == episode.response
     assert first.group != second.group
 
 

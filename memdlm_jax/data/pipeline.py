@@ -1,0 +1,262 @@
+"""Rows to batches with Grain: length buckets, and a data position that is one integer.
+
+The batch of a step is a pure function of (rows, configuration, step). Nothing else is kept, so a
+run goes on at any step, on any number of threads and processes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from memdlm_jax.data.prepare import PreparedData
+from memdlm_jax.data.sft import Row
+from memdlm_jax.data.text import Split, check_at_least
+from memdlm_jax.typing import Batch
+
+_FILL = -1
+_SLOT_MULTIPLE = 8
+_ENDLESS = 1 << 40
+
+
+class Rows(Protocol):
+    """Random access to rows, several at once."""
+
+    def take(self, indices: Sequence[int]) -> list[Row]:
+        """The rows of these indices, in this order."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """How rows become batches.
+
+    Attributes:
+        buckets: lengths of batches, ascending; a row goes to the shortest that holds it.
+        rows_per_batch: rows of a batch over all processes.
+        seed: of the order of rows and batches.
+        supervise_padding: fill the response up with end-of-sequence tokens that are attended to
+            and carry loss, as the public code does. Otherwise padding does neither.
+        process_index: which share of each batch is this process's: rows p, p + n, p + 2n, ...
+        process_count: n, the number of processes; must divide ``rows_per_batch``.
+        num_threads: threads that read ahead.
+        prefetch: batches read ahead.
+    """
+
+    buckets: tuple[int, ...] = (128, 256, 512)
+    rows_per_batch: int = 32
+    seed: int = 0
+    supervise_padding: bool = False
+    process_index: int = 0
+    process_count: int = 1
+    num_threads: int = 2
+    prefetch: int = 8
+
+    def __post_init__(self):
+        for name in ("rows_per_batch", "process_count", "num_threads", "prefetch"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("seed", self.seed, 0)
+        _check_buckets(self.buckets)
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(
+                f"process_index={self.process_index} must lie in [0, process_count="
+                f"{self.process_count})"
+            )
+        if self.rows_per_batch % self.process_count:
+            raise ValueError(
+                f"rows_per_batch={self.rows_per_batch} must be a multiple of process_count="
+                f"{self.process_count}"
+            )
+
+
+def _check_buckets(buckets: tuple[int, ...]) -> None:
+    """Raise unless there are buckets and they ascend."""
+    for length in buckets:
+        check_at_least("buckets", length, 1)
+    if not buckets or list(buckets) != sorted(set(buckets)):
+        raise ValueError(f"buckets={buckets} must be ascending lengths, at least one")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchRows:
+    """Which rows make the batch of a step.
+
+    Attributes:
+        length: length of the batch, one of the buckets.
+        rows: [rows_per_batch] indices; -1 is a row of padding.
+    """
+
+    length: int
+    rows: Int[np.ndarray, "b"]
+
+
+class BatchPlan:
+    """Which rows each step takes: every row once an epoch, in an order drawn for the epoch."""
+
+    def __init__(
+        self,
+        lengths: Int[np.ndarray, "rows"],
+        buckets: tuple[int, ...],
+        rows_per_batch: int,
+        seed: int = 0,
+    ):
+        """Sort rows into buckets.
+
+        Args:
+            lengths: [rows] ids of each row.
+            buckets: lengths of batches, ascending.
+            rows_per_batch: rows of a batch.
+            seed: at least 0.
+
+        Raises:
+            ValueError: there are no rows, or one is longer than the last bucket.
+        """
+        check_at_least("rows_per_batch", rows_per_batch, 1)
+        check_at_least("seed", seed, 0)
+        _check_buckets(buckets)
+        if not len(lengths):
+            raise ValueError("lengths is empty: there is no row to plan a batch of")
+        if lengths.max() > buckets[-1]:
+            raise ValueError(
+                f"buckets={buckets} must end at {lengths.max()} or more, the longest row"
+            )
+        self.buckets, self.rows_per_batch, self.seed = buckets, rows_per_batch, seed
+        self.bucket_of_row = np.searchsorted(buckets, lengths)
+        counts = np.bincount(self.bucket_of_row, minlength=len(buckets))
+        self.batches_per_bucket = tuple(int(n) for n in -(-counts // rows_per_batch))
+        self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in which every row comes once; the same for each epoch."""
+        return sum(self.batches_per_bucket)
+
+    @property
+    def fill_rows(self) -> int:
+        """Rows of padding in an epoch, which complete the last batch of each bucket."""
+        return self.steps_per_epoch * self.rows_per_batch - len(self.bucket_of_row)
+
+    def at(self, step: int) -> BatchRows:
+        """The rows of step ``step``, at least 0; epochs follow each other without end."""
+        check_at_least("step", step, 0)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        buckets, rows = self._epoch(epoch)
+        return BatchRows(self.buckets[buckets[place]], rows[place])
+
+    def _draw_epoch(
+        self, epoch: int
+    ) -> tuple[Int[np.ndarray, "steps"], Int[np.ndarray, "steps b"]]:
+        """(bucket, rows) of each batch of an epoch."""
+        rng = np.random.default_rng([self.seed, epoch])
+        rows = []
+        for bucket, batches in enumerate(self.batches_per_bucket):
+            drawn = rng.permutation(np.flatnonzero(self.bucket_of_row == bucket))
+            fill = batches * self.rows_per_batch - len(drawn)
+            filled = np.pad(drawn, (0, fill), constant_values=_FILL)
+            rows.append(filled.reshape(batches, self.rows_per_batch))
+        order = rng.permutation(self.steps_per_epoch)
+        buckets = np.repeat(np.arange(len(self.buckets)), self.batches_per_bucket)
+        return buckets[order], np.concatenate(rows)[order]
+
+
+class Pipeline:
+    """Batches of one split for one process."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        lengths: tuple[Int[np.ndarray, "rows"], Int[np.ndarray, "rows"]],
+        config: PipelineConfig,
+        pad_id: int,
+        eos_id: int,
+    ):
+        """Plan the batches.
+
+        Args:
+            rows: the rows.
+            lengths: (ids of each row, ids of its prompt), both [rows].
+            config: buckets, order and this process's share.
+            pad_id: fills rows.
+            eos_id: fills responses when padding is supervised.
+
+        Raises:
+            ValueError: there are no rows, or one is longer than the last bucket.
+        """
+        total, prompt = lengths
+        self.config = config
+        self.plan = BatchPlan(total, config.buckets, config.rows_per_batch, config.seed)
+        self._rows, self._pad_id, self._eos_id = rows, pad_id, eos_id
+        end = np.asarray(config.buckets)[self.plan.bucket_of_row]
+        self._slots = (end if config.supervise_padding else total) - prompt
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in which every row comes once."""
+        return self.plan.steps_per_epoch
+
+    def target_capacity(self, length: int) -> int:
+        """Most maskable positions of any row in batches of ``length``.
+
+        Rounded up to a multiple of 8, at most ``length``; the same on all processes, for all
+        epochs: the static number of target slots of a compiled loss.
+
+        Raises:
+            ValueError: ``length`` is no bucket.
+        """
+        if length not in self.config.buckets:
+            raise ValueError(f"length={length} must be one of buckets={self.config.buckets}")
+        bucket = self.config.buckets.index(length)
+        most = int(self._slots[self.plan.bucket_of_row == bucket].max(initial=1))
+        return min(length, -(-most // _SLOT_MULTIPLE) * _SLOT_MULTIPLE)
+
+    def batch_at(self, step: int) -> Batch:
+        """This process's rows of the batch of ``step``: numpy arrays [b, l], b rows per process.
+
+        Raises:
+            ValueError: ``step`` is negative.
+        """
+        planned = self.plan.at(step)
+        mine = planned.rows[self.config.process_index :: self.config.process_count]
+        shape = (len(mine), planned.length)
+        tokens: Any = np.full(shape, self._pad_id, np.int32)
+        maskable: Any = np.zeros(shape, bool)
+        valid: Any = np.zeros(shape, bool)
+        places = np.flatnonzero(mine != _FILL)
+        for place, row in zip(places, self._rows.take(mine[places].tolist()), strict=True):
+            end = len(row.tokens)
+            tokens[place, :end] = row.tokens
+            if self.config.supervise_padding:
+                tokens[place, end:] = self._eos_id
+                end = planned.length
+            maskable[place, row.prompt_length : end] = True
+            valid[place, :end] = True
+        return Batch(tokens=tokens, maskable=maskable, valid=valid)
+
+    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches of ``start_step``, ``start_step + 1``, ... without end, read ahead in threads.
+
+        Raises:
+            ValueError: ``start_step`` is negative.
+        """
+        check_at_least("start_step", start_step, 0)
+        options = grain.ReadOptions(
+            num_threads=self.config.num_threads, prefetch_buffer_size=self.config.prefetch
+        )
+        steps = grain.MapDataset.range(start_step, _ENDLESS)
+        return iter(steps.map(self.batch_at).to_iter_dataset(options))
+
+
+def make_pipeline(prepared: PreparedData, split: Split, config: PipelineConfig) -> Pipeline:
+    """The batches of a split of prepared data.
+
+    Raises:
+        ValueError: the split has no rows, or one is longer than the last bucket.
+    """
+    tokenizer = prepared.tokenizer
+    return Pipeline(
+        prepared.rows(split), prepared.lengths(split), config, tokenizer.pad_id, tokenizer.eos_id
+    )
