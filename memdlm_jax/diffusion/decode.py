@@ -118,7 +118,7 @@ def decode(
     return jax.lax.scan(step, empty, _plan(config))[0]
 
 
-def _plan(config: DecodeConfig) -> dict[str, Int[Array, "s"]]:
+def _plan(config: DecodeConfig) -> dict[str, Int[np.ndarray, "s"]]:
     """Start of the block, quota and index of every step."""
     steps = config.steps // config.num_blocks
     quotas = unmasking.even_quotas(config.block_length, steps)

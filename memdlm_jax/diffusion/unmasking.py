@@ -65,7 +65,7 @@ def most_confident(
     return candidates & (ranks < count)
 
 
-def text_lengths(tokens: Int[np.ndarray, "b l"], eos_token_id: int) -> Int[np.ndarray, "b"]:
+def text_lengths(tokens: Int[Array, "b l"] | np.ndarray, eos_token_id: int) -> Int[np.ndarray, "b"]:
     """Tokens of every generated row before its first eos; the row's length where there is none."""
     is_eos = np.asarray(tokens) == eos_token_id
     return np.where(is_eos.any(-1), is_eos.argmax(-1), is_eos.shape[-1])
