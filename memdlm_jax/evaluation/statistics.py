@@ -1,0 +1,107 @@
+"""Intervals and paired tests: small, exact where that is cheap, plain Python."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927); (0, 1) without any trial.
+
+    Raises:
+        ValueError: ``successes`` does not lie in [0, n].
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes={successes} must lie in [0, n={n}]")
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = successes / n, Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    # At 0 and n successes the bounds are exactly 0 and 1; rounding would miss them.
+    return max(0.0, centre - half) * (successes > 0), 1.0 if successes == n else centre + half
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Two systems on the same n questions.
+
+    Attributes:
+        n: questions.
+        only_first: questions that only the first system answers rightly.
+        only_second: questions that only the second system answers rightly.
+    """
+
+    n: int
+    only_first: int
+    only_second: int
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the second minus that of the first, in [-1, 1]."""
+        return (self.only_second - self.only_first) / self.n
+
+    @property
+    def p_value(self) -> float:
+        """Exact two-sided McNemar test: discordant questions fall either way with chance 1/2."""
+        trials, fewer = self.only_first + self.only_second, min(self.only_first, self.only_second)
+        tail = sum(math.comb(trials, k) for k in range(fewer + 1))
+        return min(1.0, 2 * tail / 2**trials)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference: Wald's, with 1/2 added to each of the four counts.
+
+        Agresti and Min, Statistics in Medicine 24 (2005).
+        """
+        n, first, second = self.n + 2, self.only_first + 0.5, self.only_second + 0.5
+        centre = (second - first) / n
+        half = Z95 * math.sqrt((first + second) / n - centre**2) / math.sqrt(n)
+        return max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def paired(first: ArrayLike, second: ArrayLike) -> Paired:
+    """Count agreements of two systems, question by question.
+
+    Raises:
+        ValueError: the sequences differ in length or are empty.
+    """
+    a, b = np.asarray(first, bool), np.asarray(second, bool)
+    if a.shape != b.shape or a.size == 0:
+        raise ValueError(f"paired answers have lengths {a.size} and {b.size}: equal, above 0 asked")
+    return Paired(a.size, int((a & ~b).sum()), int((b & ~a).sum()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for having done that many tests (Holm, 1979), in the given order."""
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(np.argsort(np.asarray(p_values), kind="stable")):
+        running = max(running, (len(p_values) - place) * p_values[index])
+        adjusted[index] = min(1.0, running)
+    return adjusted
+
+
+def ratio_estimate(sums: ArrayLike, counts: ArrayLike) -> tuple[float, float]:
+    """Sum over rows divided by count over rows, with its standard error over the rows.
+
+    Rows weigh by their counts, so the error is that of a ratio estimator (Cochran, Sampling
+    Techniques, section 2.11), not of a mean of per-row means.
+
+    Raises:
+        ValueError: fewer than two rows, lengths differ, or nothing was counted.
+    """
+    x, m = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    if x.shape != m.shape or len(x) < 2 or m.sum() <= 0:
+        raise ValueError(
+            f"{x.size} sums and {m.size} counts: a standard error needs two or more rows, as many "
+            "counts as sums, and a positive total count"
+        )
+    ratio = x.sum() / m.sum()
+    spread = np.sqrt(np.sum((x - ratio * m) ** 2) * len(x) / (len(x) - 1))
+    return float(ratio), float(spread / m.sum())

@@ -1,0 +1,60 @@
+import math
+
+import numpy as np
+import pytest
+
+from memdlm_jax.evaluation import statistics
+
+
+def test_wilson_interval_against_published_values():
+    # Newcombe (1998), table I, method 3.
+    for successes, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)]:
+        assert statistics.wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert statistics.wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert statistics.wilson_interval(29, 29)[1] == 1.0
+    assert statistics.wilson_interval(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match=r"successes=3 must lie in \[0, n=2\]"):
+        statistics.wilson_interval(3, 2)
+
+
+def test_mcnemar_is_the_binomial_test_of_the_discordant_questions():
+    result = statistics.paired([1, 1, 1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 1, 0, 0])
+    assert (result.n, result.only_first, result.only_second) == (8, 3, 1)
+    assert result.p_value == pytest.approx(2 * (1 + 4) / 16)
+    assert result.difference == pytest.approx(-0.25)
+    assert statistics.Paired(100, 0, 10).p_value == pytest.approx(2 / 1024)
+    assert statistics.Paired(100, 0, 0).p_value == 1.0
+    assert statistics.Paired(2000, 500, 700).p_value < 1e-8
+
+
+def test_interval_of_the_difference_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    chances = [0.5, 0.2, 0.1, 0.2]  # both right, only first, only second, none
+    hits = 0
+    for _ in range(500):
+        _, first, second, _ = rng.multinomial(200, chances)
+        low, high = statistics.Paired(200, first, second).interval
+        hits += low <= -0.1 <= high
+    assert 0.92 < hits / 500 < 0.98
+
+
+def test_paired_answers_must_belong_together():
+    with pytest.raises(ValueError, match="lengths 2 and 1"):
+        statistics.paired([True, False], [True])
+    with pytest.raises(ValueError, match="lengths 0 and 0"):
+        statistics.paired([], [])
+
+
+def test_holm_by_hand():
+    assert statistics.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert statistics.holm([]) == []
+
+
+def test_ratio_estimate_is_the_mean_for_equal_counts():
+    values = np.array([1.0, 2.0, 4.0])
+    ratio, error = statistics.ratio_estimate(values * 5, [5, 5, 5])
+    assert ratio == pytest.approx(values.mean())
+    assert error == pytest.approx(values.std(ddof=1) / math.sqrt(3))
+    with pytest.raises(ValueError, match="two or more rows"):
+        statistics.ratio_estimate([1.0], [1])

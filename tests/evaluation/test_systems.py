@@ -1,0 +1,72 @@
+import jax
+import numpy as np
+import pytest
+
+from memdlm_jax.diffusion.decode import DecodeConfig
+from memdlm_jax.evaluation import systems as library
+
+CONFIG = DecodeConfig(length=6, block_length=3, steps=4, temperature=1.0)
+
+
+def respond(system, prompts, **overrides):
+    settings = {"seed": 3, "pad_token_id": 0, "max_length": 32, "batch_size": 2} | overrides
+    return library.respond(system, prompts, CONFIG, **settings)
+
+
+def test_the_three_systems(systems):
+    plain, train_only, full = systems
+    assert tuple(s.name for s in systems) == library.NAMES
+    assert plain.memory is None and train_only.memory is None and full.memory is not None
+    assert train_only.theta is full.theta and plain.theta is not full.theta
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_an_answer_does_not_depend_on_its_neighbours(systems, which):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(5, 200, n).tolist() for n in (5, 9, 12)]
+    together = respond(systems[which], prompts)
+    assert together.tokens.shape == (3, CONFIG.length)
+    others = [prompts[0], prompts[1][:3], prompts[2]]
+    changed = respond(systems[which], others)
+    for row in (0, 2):
+        np.testing.assert_array_equal(together.tokens[row], changed.tokens[row])
+        np.testing.assert_allclose(together.confidence[row], changed.confidence[row], rtol=1e-3)
+    alone = respond(systems[which], prompts[:1])
+    np.testing.assert_array_equal(together.tokens[0], alone.tokens[0])
+    np.testing.assert_allclose(together.confidence[0], alone.confidence[0], rtol=1e-3)
+
+
+def test_memory_changes_what_is_said(systems):
+    prompts = np.random.default_rng(1).integers(5, 200, (2, 12)).tolist()
+    _, train_only, full = systems
+    without, written = respond(train_only, prompts), respond(full, prompts)
+    assert np.abs(without.confidence - written.confidence).max() > 1e-3
+
+
+def test_compiled_once_for_all_batches_and_seeds(systems):
+    prompts = [[7, 8, 9]] * 5
+    library.respond_to_batch.clear_cache()
+    for seed in range(2):
+        respond(systems[0], prompts, seed=seed)
+    assert library.respond_to_batch._cache_size() == 1
+
+
+def test_bad_prompts_are_refused(systems):
+    with pytest.raises(ValueError, match=r"has 27 tokens; it must have at most 26"):
+        respond(systems[0], [[5] * 27])
+    with pytest.raises(ValueError, match=r"prompts\[1\] has 0 tokens"):
+        respond(systems[0], [[5], []])
+    with pytest.raises(ValueError, match="prompts is empty"):
+        respond(systems[0], [])
+
+
+def test_a_written_prompt_knows_nothing_behind_it(systems, denoiser):
+    full = systems[2]
+    keys = jax.random.split(jax.random.key(0), 1)
+    tokens = np.arange(5, 17)[None]
+    valid = np.arange(12)[None] < 8
+    write = jax.jit(
+        lambda x: library.write_prompts(keys, denoiser, full.memory, full.theta, x, valid)
+    )
+    for a, b in zip(*map(jax.tree.leaves, (write(tokens), write(tokens * valid))), strict=True):
+        np.testing.assert_array_equal(a, b)
