@@ -1,0 +1,115 @@
+import dataclasses
+import json
+
+import pytest
+
+from memdlm_jax.data.needles import NeedleConfig
+from memdlm_jax.diffusion.decode import DecodeConfig
+from memdlm_jax.evaluation import needles
+from memdlm_jax.evaluation.needles import NeedleSuite, Outcome
+
+SUITE = NeedleSuite(
+    NeedleConfig(split="test", template="short"), lengths=(128, 192), num_keys=(2, 3), episodes=12
+)
+
+
+def first_value(episodes):
+    """Answer with the first value of the haystack, whatever was asked."""
+    return [f" {episode.all_values[0]}" for episode in episodes]
+
+
+def nothing(episodes):
+    return ["" for _ in episodes]
+
+
+def test_oracle_reads_every_episode(tokenizer, sentences):
+    tasks = [
+        NeedleConfig(split="test"),
+        NeedleConfig(split="test", template="short", haystack="repeat"),
+        NeedleConfig(split="test", num_values=3, key_words=2, value_digits=7),
+    ]
+    for task in tasks:
+        suite = NeedleSuite(task, lengths=(600,), num_keys=(1, 3), episodes=5)
+        for episodes in needles.draw_episodes(suite, tokenizer, sentences).values():
+            assert needles.oracle(episodes) == [", ".join(e.values) for e in episodes]
+
+
+def test_what_evaluate_says_of_known_answerers(tokenizer, sentences):
+    answerers = {"oracle": needles.oracle, "first": first_value, "nothing": nothing}
+    result = needles.evaluate(SUITE, tokenizer, sentences, answerers)
+    assert [(c["length"], c["num_keys"]) for c in result["cells"]] == [
+        (128, 2), (128, 3), (192, 2), (192, 3)
+    ]  # fmt: skip
+    for cell in result["cells"]:
+        assert (cell["n"], cell["oracle"]) == (12, 1.0)
+        assert cell["value_of_context_floor"] == 1 / cell["num_keys"]
+        assert cell["random_number_floor"] == 1 / 900
+        of = cell["systems"]
+        assert of["oracle"]["accuracy"]["value"] == 1.0
+        assert of["first"]["in_context"]["value"] == 1.0
+        assert of["first"]["bound_if_in_context"]["value"] == of["first"]["accuracy"]["value"] < 1
+        assert of["nothing"]["in_context"]["value"] == 0.0
+        assert of["nothing"]["bound_if_in_context"]["value"] is None
+        assert sum(part["n"] for part in of["first"]["by_depth"]) == 12
+    pooled = {(c["first"], c["second"]): c for c in result["comparisons"]}
+    against = pooled["oracle", "nothing"]
+    assert (against["n"], against["only_first"], against["only_second"]) == (48, 48, 0)
+    assert against["difference"] == -1.0 and against["p_adjusted"] < 1e-9
+    assert json.loads(json.dumps(result))["suite"]["episodes"] == 12
+
+
+def test_episodes_are_the_same_for_whoever_asks(tokenizer, sentences):
+    seen = []
+
+    def remember(episodes):
+        seen.append([episode.prompt for episode in episodes])
+        return nothing(episodes)
+
+    suite = dataclasses.replace(SUITE, lengths=(128,), num_keys=(2,))
+    needles.evaluate(suite, tokenizer, sentences, {"a": remember, "b": remember})
+    assert seen[0] == seen[1]
+    longer = needles.draw_episodes(dataclasses.replace(suite, episodes=14), tokenizer, sentences)
+    assert [e.prompt for e in next(iter(longer.values()))[:12]] == seen[0]
+
+
+def test_depths_at_the_edges_are_counted():
+    outcomes = [Outcome("", 1.0, True, depth) for depth in (0.0, 0.199, 0.2, 0.999, 1.0)]
+    assert [part["n"] for part in needles.summarise(outcomes)["by_depth"]] == [2, 1, 0, 0, 2]
+
+
+def test_partly_right_is_not_correct(tokenizer, sentences):
+    suite = NeedleSuite(NeedleConfig(num_values=2), lengths=(300,), num_keys=(1,), episodes=4)
+    (episodes,) = needles.draw_episodes(suite, tokenizer, sentences).values()
+    summary = needles.summarise(needles.evaluate_cell(episodes, first_value))
+    assert summary["mean_score"] == 0.5 and summary["accuracy"]["value"] == 0.0
+
+
+def test_systems_answer_in_text(systems, tokenizer, sentences):
+    suite = dataclasses.replace(SUITE, lengths=(128,), num_keys=(2,), episodes=3)
+    (episodes,) = needles.draw_episodes(suite, tokenizer, sentences).values()
+    config = DecodeConfig(length=4, block_length=4, steps=2)
+    replies = needles.answerer(systems[0], tokenizer, config, max_length=160)(episodes)
+    assert len(replies) == 3 and all("<|" not in reply for reply in replies)
+    small = needles.answerer(systems[0], tokenizer, config, max_length=100)
+    with pytest.raises(ValueError, match="does not fit max_length=100"):
+        small(episodes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"episodes": 0}, "needles.episodes=0 must be at least 1"),
+        ({"lengths": ()}, "needles.lengths is empty"),
+        ({"num_keys": ()}, "needles.num_keys is empty"),
+        ({"seed": -1}, "needles.seed=-1 must be at least 0"),
+    ],
+)
+def test_bad_suites_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SUITE, **settings)
+
+
+def test_a_reply_for_every_episode(tokenizer, sentences):
+    suite = dataclasses.replace(SUITE, lengths=(128,), num_keys=(2,))
+    with pytest.raises(ValueError, match="shorter"):
+        needles.evaluate(suite, tokenizer, sentences, {"a": lambda episodes: [""]})
