@@ -81,6 +81,28 @@ def test_needle_rows_keep_their_length(tokenizer, sentences):
         assert row.prompt_length == len(task.episode(0, index).prompt_ids) + TURN_TOKENS - 1
 
 
+def test_the_given_start_of_a_response_is_never_masked(tokenizer):
+    example = Example("Where?", " here", "g", "s", prefix=" It is")
+    row = Encoder(tokenizer, EncodeConfig(64)).encode(example)
+    assert spell(tokenizer, row.tokens) == "<|user|>Where?<|eos|><|assistant|> It is here<|eos|>"
+    assert spell(tokenizer, row.tokens[row.prompt_length :]) == " here<|eos|>"
+
+
+@pytest.mark.parametrize("template", ["ruler", "short"])
+def test_a_needle_row_reads_as_rulers_prompt(tokenizer, sentences, template):
+    task = NeedleTask(NeedleConfig(length=256, template=template), tokenizer, sentences)
+    encoder = Encoder(tokenizer, EncodeConfig(256))
+    for index in range(10):
+        episode = task.episode(2, index)
+        row = encoder.encode(episode.example("g"))
+        before, after = episode.prompt[: -len(episode.prefix) - 1], episode.prefix
+        assert before + episode.prompt[len(before)] + after == episode.prompt
+        assert spell(tokenizer, row.tokens) == (
+            f"<|user|>{before}<|eos|><|assistant|> {after}{episode.response}<|eos|>"
+        )
+        assert spell(tokenizer, row.tokens[row.prompt_length :]) == f"{episode.response}<|eos|>"
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
