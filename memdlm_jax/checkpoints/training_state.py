@@ -33,8 +33,8 @@ class NoUsableCheckpoint(RuntimeError):
     """There are checkpoints, but none of them can be trusted."""
 
 
-class _Corrupt(RuntimeError):
-    """One step on disk is not what was written."""
+class CorruptCheckpoint(RuntimeError):
+    """A step on disk is not what was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ class TrainingCheckpoints:
         for step in steps:
             try:
                 return self.restore(step, template)
-            except _Corrupt as error:
+            except CorruptCheckpoint as error:
                 logger.warning(
                     "checkpoint %d in %s is corrupt (%s); falling back to the one before",
                     step, self.folder, error,
@@ -173,12 +173,17 @@ class TrainingCheckpoints:
         return None
 
     def restore(self, step: int, template: Any) -> Restored:
-        """Restore one step; see ``restore_latest``."""
+        """Restore one step, verified; see ``restore_latest`` for ``template``.
+
+        Raises:
+            CorruptCheckpoint: if what is on disk is not what was saved.
+            ConfigMismatch: as ``restore_latest``.
+        """
         try:
             arguments = ocp.args.Composite(notes=ocp.args.JsonRestore())
             notes = _checked_notes(self._manager.restore(step, args=arguments)["notes"])
         except Exception as error:
-            raise _Corrupt(f"its notes: {_first_line(error)}") from error
+            raise CorruptCheckpoint(f"its notes: {_first_line(error)}") from error
         self._check_config(step, notes["config"])
         _check_arrays(step, notes["arrays"], template)
         try:
@@ -186,10 +191,10 @@ class TrainingCheckpoints:
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             state = self._manager.restore(step, args=arguments)["state"]
         except Exception as error:
-            raise _Corrupt(_first_line(error)) from error
+            raise CorruptCheckpoint(_first_line(error)) from error
         for name, leaf in _named(state).items():
             if _describe(leaf) != notes["arrays"][name]:
-                raise _Corrupt(f"the digest of array {name} is not the one saved")
+                raise CorruptCheckpoint(f"the digest of array {name} is not the one saved")
         return Restored(step, state, notes["position"], notes["extra"])
 
     def _check_config(self, step: int, saved: dict[str, Json]) -> None:
@@ -227,7 +232,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _describe(leaf: jax.Array) -> dict[str, Json]:
     content = _on_host(leaf)
-    digest = hashlib.sha256(np.ascontiguousarray(content).reshape(-1).view(np.uint8)).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(content).data.cast("B")).hexdigest()
     return {"shape": list(content.shape), "dtype": str(content.dtype), "sha256": digest}
 
 
@@ -246,7 +251,7 @@ def _json_digest(value: Json) -> str:
 
 def _checked_notes(stored: dict[str, Json]) -> dict[str, Json]:
     if _json_digest(stored["notes"]) != stored["sha256"]:
-        raise _Corrupt("their digest is not the one saved")
+        raise CorruptCheckpoint("their digest is not the one saved")
     return stored["notes"]
 
 

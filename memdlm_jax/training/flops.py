@@ -13,7 +13,7 @@ from jax.extend import core
 
 
 def matmul_flops(function: Callable, *arguments: Any) -> int:
-    """FLOPs (two per multiply-add) of all matrix products and convolution-free einsums.
+    """FLOPs (two per multiply-add) of all matrix products.
 
     A scan counts its length times; of a ``cond`` the costliest branch counts; a ``while`` counts
     one pass. Recomputation by remat is included; what XLA would later merge is not taken off.
@@ -30,18 +30,34 @@ def _count(jaxpr: core.Jaxpr) -> int:
 
 
 def _count_one(equation: core.JaxprEqn) -> int:
-    if equation.primitive.name == "dot_general":
-        return _dot_flops(equation)
-    if equation.primitive.name == "cond":
-        return max(_count(branch.jaxpr) for branch in equation.params["branches"])
-    inner = sum(_count(jaxpr) for value in equation.params.values() for jaxpr in _jaxprs(value))
-    return inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _dot_flops(equation, parameters["dimension_numbers"])
+    if name == "ragged_dot_general":
+        return _ragged_dot_flops(equation, parameters["ragged_dot_dimension_numbers"])
+    if name == "cond":
+        return max(_count(branch.jaxpr) for branch in parameters["branches"])
+    inner = sum(_count(jaxpr) for value in parameters.values() for jaxpr in _jaxprs(value))
+    return inner * (parameters["length"] if name == "scan" else 1)
 
 
-def _dot_flops(equation: core.JaxprEqn) -> int:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+def _dot_flops(equation: core.JaxprEqn, dimension_numbers: Any) -> int:
+    (contracted, _), _ = dimension_numbers
+    left, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
+    return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+
+
+def _ragged_dot_flops(equation: core.JaxprEqn, dimension_numbers: Any) -> int:
+    """Every row meets the matrix of its own group only, also where rows are summed over."""
+    flops = _dot_flops(equation, dimension_numbers.dot_dimension_numbers)
+    contracted = dimension_numbers.dot_dimension_numbers[0][0]
+    if dimension_numbers.lhs_ragged_dimensions[0] in contracted:
+        return flops // _shape(equation.invars[2])[-1]
+    return flops
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _jaxprs(value: Any) -> list[core.Jaxpr]:

@@ -1,13 +1,14 @@
 """The loop around the step: data, validation, checkpoints, metrics, resuming, stopping."""
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
 import math
 import signal
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,19 +18,26 @@ import tqdm
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from memdlm_jax.training.metrics import MetricsWriter
 from memdlm_jax.training.parallel import CompiledSteps
+from memdlm_jax.training.speed import Speed, Trace
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import Metrics, StepSetup
 from memdlm_jax.typing import Batch, Theta
 
 logger = logging.getLogger(__name__)
 
+_MUST_BE_FINITE = ("loss/memory_on", "gradient_norm", "parameter_norm")
+
 
 class NotFinite(FloatingPointError):
     """The outer loss or its gradient is not finite."""
 
 
+Probe = Callable[[Theta], Mapping[str, float]]
+"""Measures theta in any other way: name -> value."""
+
+
 class Batches(Protocol):
-    """Training data: a pure function of the step."""
+    """Training data: the batch of a step is a pure function of the step."""
 
     def batch_at(self, step: int) -> Batch:
         """Return the batch of optimiser step ``step`` as numpy arrays [b, l]."""
@@ -104,6 +112,7 @@ def run(
     data: Batches,
     validation: Sequence[Batch] = (),
     identity: Mapping[str, Any] | None = None,
+    probe: Probe | None = None,
 ) -> Result:
     """Train to ``config.steps``, resuming from the newest good checkpoint of ``config.output``.
 
@@ -118,6 +127,7 @@ def run(
         validation: batches of host arrays, scored with the same masks every time.
         identity: dotted name -> JSON value of what a resumed run must have in common with the
             first (model, optimiser, digest of the data).
+        probe: further numbers of theta to log at every validation.
 
     Returns:
         The last state, and which step validated best.
@@ -126,14 +136,40 @@ def run(
         NotFinite: if loss or gradient of a step is not finite, naming the step.
         ValueError: from the checkpoint, if ``identity`` or the shapes of the state differ.
     """
-    folder = Path(config.output)
-    identity = describe(setup) | {"train.seed": config.seed} | dict(identity or {})
-    checkpoints = TrainingCheckpoints(folder / "checkpoints", identity, config.keep_last)
-    with contextlib.closing(checkpoints):
+    with contextlib.closing(_checkpoints(config, setup, identity)) as checkpoints:
         steps = CompiledSteps(setup, data.target_capacity)
         progress = _restored(checkpoints, steps.place(state))
-        with contextlib.closing(MetricsWriter(folder, progress.step)) as writer:
-            return _Loop(config, steps, data, validation, checkpoints, writer, progress).run()
+        with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
+            loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)
+            return loop.run()
+
+
+def load_best(
+    config: TrainConfig,
+    setup: StepSetup,
+    result: Result,
+    identity: Mapping[str, Any] | None = None,
+) -> Theta:
+    """Theta of the step that validated best; the last one if nothing was validated.
+
+    Args:
+        config: as given to ``run``.
+        setup: as given to ``run``.
+        result: what ``run`` returned.
+        identity: as given to ``run``.
+
+    Raises:
+        CorruptCheckpoint: if that step cannot be trusted any more.
+    """
+    if result.best_step in (None, int(result.state.step)):
+        return result.state.theta
+    with contextlib.closing(_checkpoints(config, setup, identity)) as checkpoints:
+        return checkpoints.restore(result.best_step, result.state).state.theta
+
+
+def _checkpoints(config, setup, identity) -> TrainingCheckpoints:
+    same = describe(setup) | {"train.seed": config.seed} | dict(identity or {})
+    return TrainingCheckpoints(Path(config.output) / "checkpoints", same, config.keep_last)
 
 
 def describe(setup: StepSetup) -> dict[str, Any]:
@@ -171,8 +207,7 @@ def _restored(checkpoints: TrainingCheckpoints, state: TrainState) -> _Progress:
     if restored is None:
         return _Progress(state)
     logger.info("resuming after step %d of %s", restored.step, checkpoints.folder)
-    best_step, best_loss = restored.extra["best_step"], restored.extra["best_loss"]
-    best_loss = math.inf if best_loss is None else best_loss
+    best_step, best_loss = restored.extra["best"] or (None, math.inf)
     return _Progress(restored.state, restored.position, best_step, best_loss)
 
 
@@ -187,6 +222,7 @@ class _Loop:
     checkpoints: TrainingCheckpoints
     writer: MetricsWriter
     progress: _Progress
+    probe: Probe | None
 
     def run(self) -> Result:
         """Take the steps that are left."""
@@ -194,43 +230,53 @@ class _Loop:
         self.speed = Speed(self.steps)
         self.pending: list[tuple[int, Metrics]] = []
         self.saved = p.step
-        trace = _Trace(c, p.step)
-        with _stop_on_sigterm() as stop, trace, _bar(c.steps, p.step) as bar:
+        trace = Trace(c.output, p.step, c.profile_steps)
+        batches = ahead(self.data.batch_at, p.step, c.steps)
+        with contextlib.closing(batches), _stop_on_sigterm() as stop, trace, self._bar() as bar:
             while p.step < c.steps and not stop.is_set():
-                self._take_step()
+                self._take_step(next(batches))
                 bar.update()
                 trace.after_step(p.step, p.state)
-                if self._due(c.log_every, c.save_every, c.validate_every):
+                if self._reporting():
                     self._report(bar)
             if p.step > self.saved:
                 self._save()
         self.checkpoints.wait()
         return Result(p.state, p.best_step, p.best_loss, p.step >= c.steps)
 
+    def _bar(self) -> tqdm.tqdm:
+        """Progress with the time left; silent where the output is no terminal."""
+        total, done = self.config.steps, self.progress.step
+        return tqdm.tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
+
     def _due(self, *periods: int) -> bool:
         """Whether the step just taken is the last, or a multiple of one of the periods."""
         step = self.progress.step
         return step == self.config.steps or any(n and step % n == 0 for n in periods)
 
-    def _take_step(self) -> None:
+    def _reporting(self) -> bool:
+        c = self.config
+        return self._due(c.log_every, c.save_every, c.validate_every)
+
+    def _take_step(self, batch: Batch) -> None:
         """Dispatch one step; nothing here waits for the device."""
         c, p = self.config, self.progress
-        batch = self.data.batch_at(p.step)
         key = jax.random.fold_in(jax.random.key(c.seed), p.step)
         self.speed.count(p.state, batch)
         p.step += 1
-        report = self._due(c.log_every, c.save_every, c.validate_every)
-        p.state, metrics = self.steps.train(p.state, batch, key, report)
+        p.state, metrics = self.steps.train(p.state, batch, key, self._reporting())
         self.pending.append((p.step, metrics))
 
     def _report(self, bar: tqdm.tqdm) -> None:
         """Check, validate and save as is due; write one line of metrics."""
         metrics = self._checked() | self.speed.since_last_report()
         bar.set_postfix(loss=metrics["loss/memory_off"])
-        loss = None
-        if self.validation and self.config.validate_every and self._due(self.config.validate_every):
+        loss, every = None, self.config.validate_every
+        if self.validation and every and self._due(every):
             scores = self._validate()
             loss = scores["memory_off"]
+            if self.probe is not None:
+                scores |= self.probe(self.progress.state.theta)
             metrics |= {f"validation/{name}": value for name, value in scores.items()}
         self.writer.write(self.progress.step, metrics)
         self._save_if_due(loss)
@@ -240,11 +286,11 @@ class _Loop:
         """Fetch the pending metrics and return the newest; the state is good if this returns."""
         pending, self.pending = jax.device_get(self.pending), []
         for step, metrics in pending:
-            loss, norm = metrics["loss/memory_on"], metrics["gradient_norm"]
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            found = {name: float(metrics[name]) for name in _MUST_BE_FINITE}
+            if not all(map(math.isfinite, found.values())):
                 raise NotFinite(
-                    f"step {step}: loss={loss}, gradient_norm={norm}; nothing was saved since "
-                    f"step {self.saved}. Lower optimizer.learning_rate or set optimizer.clip_norm"
+                    f"step {step}: {found}; nothing was saved since step {self.saved}. "
+                    "Lower optimizer.learning_rate or set optimizer.clip_norm"
                 )
         return {name: float(value) for name, value in pending[-1][1].items()} if pending else {}
 
@@ -258,19 +304,30 @@ class _Loop:
     def _save_if_due(self, loss: float | None) -> None:
         """Save at the period, and whenever validation improves."""
         p = self.progress
-        better = loss is not None and loss < p.best_loss
-        if better:
+        if loss is not None and loss < p.best_loss:
             p.best_step, p.best_loss = p.step, loss
-        if better or self._due(self.config.save_every):
+        if p.best_step == p.step or self._due(self.config.save_every):
             self._save(loss)
 
     def _save(self, loss: float | None = None) -> None:
         self._checked()
         p = self.progress
-        best_loss = None if p.best_step is None else p.best_loss
-        extra = {"best_step": p.best_step, "best_loss": best_loss}
-        self.checkpoints.save(p.step, p.state, position=p.step, loss=loss, extra=extra)
+        best = None if p.best_step is None else [p.best_step, p.best_loss]
+        self.checkpoints.save(p.step, p.state, position=p.step, loss=loss, extra={"best": best})
         self.saved = p.step
+
+
+def ahead(
+    batch_at: Callable[[int], Batch], start: int, stop: int, depth: int = 2
+) -> Generator[Batch, None, None]:
+    """Batches of steps ``start .. stop - 1``, ``depth`` of them made in a thread meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque(pool.submit(batch_at, i) for i in range(start, stop)[:depth])
+        for upcoming in range(start + depth, stop + depth):
+            batch = waiting.popleft().result()
+            if upcoming < stop:
+                waiting.append(pool.submit(batch_at, upcoming))
+            yield batch
 
 
 def validate(
@@ -291,43 +348,6 @@ def validate(
     return {"memory_on": on, "memory_off": off}
 
 
-class Speed:
-    """Tokens and matrix-product FLOPs per second between reports.
-
-    Compilation, validation and saving do not count.
-    """
-
-    def __init__(self, steps: CompiledSteps):
-        """Start the clock."""
-        self._steps = steps
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was counted."""
-        self._tokens, self._flops, self._share = 0, 0, 0.0
-        self._start, self._compiled = time.monotonic(), self._steps.compile_seconds
-
-    def count(self, state: TrainState, batch: Batch) -> None:
-        """Add one step on this batch."""
-        flops, self._share = self._steps.inner_loop_share(state, batch)
-        self._flops += flops
-        self._tokens += int(batch.valid.sum())
-
-    def since_last_report(self) -> dict[str, float]:
-        """Rates since the last restart; call it when the device is done.
-
-        ``inner_flops_share`` is the inner loop's share of the matrix products of the newest step,
-        see ``CompiledSteps.inner_loop_share``.
-        """
-        compiling = self._steps.compile_seconds - self._compiled
-        seconds = max(time.monotonic() - self._start - compiling, 1e-9)
-        return {
-            "speed/tokens_per_second": self._tokens / seconds,
-            "speed/matmul_flops_per_second": self._flops / seconds,
-            "speed/inner_flops_share": self._share,
-        }
-
-
 @contextlib.contextmanager
 def _stop_on_sigterm() -> Iterator[threading.Event]:
     """Turn SIGTERM into a flag; the step at hand is finished first."""
@@ -340,32 +360,3 @@ def _stop_on_sigterm() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _bar(total: int, done: int) -> tqdm.tqdm:
-    """Progress with the time left; silent where the output is no terminal."""
-    return tqdm.tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
-
-
-class _Trace(contextlib.AbstractContextManager):
-    """Record ``profile_steps`` steps, after two that warm up."""
-
-    def __init__(self, config: TrainConfig, start: int):
-        self._folder = str(Path(config.output) / "profile")
-        self._first = start + 2
-        self._last = self._first + config.profile_steps if config.profile_steps else -1
-        self._running = False
-
-    def after_step(self, step: int, state: TrainState) -> None:
-        if step == self._first and self._last > 0:
-            jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder)
-            self._running = True
-        elif self._running and step >= self._last:
-            jax.block_until_ready(state)
-            self.__exit__()
-
-    def __exit__(self, *_) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-        self._running = False

@@ -31,7 +31,14 @@ class CompiledSteps:
         Args:
             setup: of the step; its ``capacity`` and ``axis_name`` are set here.
             capacity_of: row length -> target slots of a row.
+
+        Raises:
+            RuntimeError: if JAX runs on several processes.
         """
+        if jax.process_count() > 1:
+            raise RuntimeError(
+                f"{jax.process_count()} JAX processes; this loop drives the devices of one"
+            )
         self._setup, self._capacity_of = setup, capacity_of
         self._devices = jax.local_devices()
         self._compiled: dict[tuple, Callable] = {}

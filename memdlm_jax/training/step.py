@@ -109,6 +109,7 @@ def train_step(
     theta = optax.apply_updates(state.theta, updates)
     metrics = _metrics(sums) | {
         "gradient_norm": optax.global_norm(gradient),
+        "parameter_norm": optax.global_norm(theta),
         "learning_rate": optimizers.learning_rate_at(setup.optimizer, state.step),
     }
     return TrainState(state.step + 1, theta, optimizer_state), metrics
@@ -132,14 +133,14 @@ def gradient_sums(
         )
     micro = fast_weights.group_rows(batch, parts)
 
+    def one(inputs):
+        return _one_gradient(setup, theta, *inputs, report)
+
     def add(total, inputs):
-        return jax.tree.map(jnp.add, total, _one_gradient(setup, theta, *inputs, report)), None
+        return jax.tree.map(jnp.add, total, one(inputs)), None
 
     inputs = (micro, jax.random.split(key, parts))
-    shapes = jax.eval_shape(
-        lambda one: _one_gradient(setup, theta, *one, report),
-        jax.tree.map(lambda leaf: leaf[0], inputs),
-    )
+    shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], inputs))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zeros, inputs)[0]
 
@@ -175,15 +176,15 @@ def _outer_loss(setup: StepSetup, theta: Theta, batch: Batch, key: Key, report):
 
 
 def _sums(outer: OuterLoss, batch: Batch) -> Sums:
-    inner_loss, taken, groups, norm = jnp.zeros(0), jnp.zeros(0, jnp.int32), 0, jnp.zeros(())
-    if outer.inner is not None and outer.phi_norm is not None:
-        fine = ~outer.inner.skipped
-        inner_loss = jnp.where(fine, outer.inner.loss, 0.0).sum(-1)
-        taken, groups = fine.sum(-1), fine.shape[-1]
-        norm = outer.phi_norm * groups
-    tokens, groups = jnp.sum(batch.valid), jnp.asarray(groups)
-    losses = (outer.memory_on, jnp.asarray(outer.memory_off))
-    return Sums(*losses, outer.maskable, tokens, groups, inner_loss, taken, norm)
+    losses = (outer.memory_on, jnp.asarray(outer.memory_off), outer.maskable)
+    tokens = jnp.sum(batch.valid)
+    if outer.inner is None or outer.phi_norm is None:
+        none = jnp.zeros((), jnp.int32)
+        return Sums(*losses, tokens, none, jnp.zeros(0), jnp.zeros(0, jnp.int32), jnp.zeros(()))
+    fine = ~outer.inner.skipped
+    inner_loss = jnp.where(fine, outer.inner.loss, 0.0).sum(-1)
+    groups = jnp.asarray(fine.shape[-1])
+    return Sums(*losses, tokens, groups, inner_loss, fine.sum(-1), outer.phi_norm * groups)
 
 
 def _metrics(sums: Sums) -> Metrics:
