@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from memdlm_jax.data.filler import Filler
 from memdlm_jax.data.needles import (
     Episode,
     NeedleConfig,
@@ -91,7 +92,8 @@ def draw_episodes(
     Raises:
         ValueError: a length is too short for its needles, or there is no filler.
     """
-    tasks = [NeedleTask(cell, tokenizer, filler) for cell in suite.cells]
+    sentences = Filler(filler, tokenizer) if suite.task.haystack == "text" else ()
+    tasks = [NeedleTask(cell, tokenizer, sentences) for cell in suite.cells]
     return {
         task.config: [task.episode(suite.seed, index) for index in range(suite.episodes)]
         for task in tasks
