@@ -52,8 +52,8 @@ class NeedleConfig:
         value_digits: digits of a value; 3 or fewer are one token of our tokenizer.
         key_words: 1 takes a noun or an adjective, 2 is RULER's adjective-noun.
         haystack: ``text`` is the given filler, ``repeat`` RULER's sentence about the grass.
-        template: ``ruler`` is the full wording, about 50 tokens and two keys; ``short`` leaves out
-            the instruction and the question and keeps needles and the start of the answer.
+        template: ``ruler`` is the full wording, about 60 tokens beside the needles; ``short``
+            leaves out the instruction and the question and keeps the start of the answer.
         split: whose words the keys are made of; 80 % of the words are for training, 10 % each
             for validation and test.
     """

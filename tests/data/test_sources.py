@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 
-from memdlm_jax.data import sources
+from memdlm_jax.data import needles, sources
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.needles import NeedleConfig, NeedleTask
 from memdlm_jax.data.text import SPLITS, split_sentences, stable_split
@@ -178,3 +178,14 @@ def test_bad_examples_are_named():
         Example("Q", "", "g", "s")
     with pytest.raises(ValueError, match="role='bot' must be one of user, assistant, text"):
         Example((("bot", "Q"),), "A", "g", "s")
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(sources.importlib.resources, "files", missing)
+    with pytest.raises(ImportError, match=r"pip install memdlm_jax\[corpus\]"):
+        sources._chitchat_json()
+    with pytest.raises(ImportError, match=r"pip install memdlm_jax\[corpus\]"):
+        needles._word_list("nounlist.txt")
