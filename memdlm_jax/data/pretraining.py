@@ -18,7 +18,10 @@ from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.typing import Batch
 
 ANSWER_SLOTS = 16
-"""Target slots of a needle row: its answer is far shorter."""
+"""Target slots of a needle row: its answer is shorter."""
+
+MOST_EXTRA_EOS = 5
+"""An answer is followed by 0 .. this many further ends, so that a longer canvas is filled up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,8 @@ class PretrainingConfig:
         needle_lengths: lengths of needle batches, in turn; none may be ``text_length``.
         needle_tokens: tokens of a needle batch; it has needle_tokens / length rows.
         needle_share: share of the batches that are needle batches, in [0, 1].
+        needle_only_batches: the run opens with this many needle batches and no text. Retrieval
+            forms first where nothing competes with it, and stays.
         max_keys: each needle row has 1 .. max_keys keys, as many as fit.
     """
 
@@ -39,13 +44,15 @@ class PretrainingConfig:
     text_length: int = 256
     text_rows: int = 16
     needle_lengths: tuple[int, ...] = (96, 128, 192, 320, 512)
-    needle_tokens: int = 4096
+    needle_tokens: int = 3072
     needle_share: float = 0.5
+    needle_only_batches: int = 0
     max_keys: int = 8
 
     def __post_init__(self):
         for name in ("text_length", "text_rows", "max_keys"):
             check_at_least(name, getattr(self, name), 1)
+        check_at_least("needle_only_batches", self.needle_only_batches, 0)
         if self.text_length in self.needle_lengths:
             raise ValueError(
                 f"needle_lengths={self.needle_lengths} must not hold text_length="
@@ -101,12 +108,16 @@ class PretrainingMix:
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step: numpy arrays [rows, length]."""
-        c = self.config
-        before, after = int(step * c.needle_share), int((step + 1) * c.needle_share)
-        rng = np.random.default_rng([c.seed, step])
-        if after == before:
+        rng = np.random.default_rng([self.config.seed, step])
+        before = self._needle_batches_before(step)
+        if self._needle_batches_before(step + 1) == before:
             return self._text_batch(rng)
-        return self._needle_batch(rng, c.needle_lengths[before % len(c.needle_lengths)], step)
+        lengths = self.config.needle_lengths
+        return self._needle_batch(rng, lengths[before % len(lengths)], step)
+
+    def _needle_batches_before(self, step: int) -> int:
+        first = min(step, self.config.needle_only_batches)
+        return first + int((step - first) * self.config.needle_share)
 
     def iterate(self, start_step: int) -> Iterator[Batch]:
         """Batches from ``start_step`` on, without end."""
@@ -133,9 +144,11 @@ class PretrainingMix:
         for i in range(rows):
             task = self._tasks[length][rng.integers(len(self._tasks[length]))]
             row = self._needle_row(task, step * rows + i)
+            end = len(row.tokens) + rng.integers(MOST_EXTRA_EOS + 1)
+            tokens[i, :end] = self._tokenizer.eos_id
             tokens[i, : len(row.tokens)] = row.tokens
-            valid[i, : len(row.tokens)] = True
-            maskable[i, row.prompt_length : len(row.tokens)] = True
+            valid[i, :end] = True
+            maskable[i, row.prompt_length : end] = True
         return Batch(tokens, maskable, valid)
 
     def _needle_row(self, task: NeedleTask, index: int) -> Row:
@@ -153,7 +166,8 @@ def _tasks(
     choices = itertools.product(range(1, max_keys + 1), (1, 2), ("ruler", "short"))
     tasks, problem = [], ""
     for keys, words, template in choices:
-        config = NeedleConfig(length, keys, key_words=words, template=template, split=split)
+        row = length - MOST_EXTRA_EOS
+        config = NeedleConfig(row, keys, key_words=words, template=template, split=split)
         try:
             tasks.append(NeedleTask(config, tokenizer, filler))
         except ValueError as error:

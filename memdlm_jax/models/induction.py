@@ -43,8 +43,8 @@ class InductionInit:
 
     positional_layer: int = 0
     matching_layers: tuple[int, ...] = (2, 3)
-    offsets: tuple[int, ...] = (-1, -2, -3, -6)
-    spreads: tuple[float, ...] = (0.0, 0.0, 0.0, 3.0)
+    offsets: tuple[int, ...] = (-1, -2, -6, -6)
+    spreads: tuple[float, ...] = (0.0, 0.0, 3.0, 3.0)
     sharpness: float = 24.0
     matching: float = 12.0
     copying: float = 1.0

@@ -1,0 +1,68 @@
+"""The shipped denoiser: 1.5 M parameters, context 512, pretrained on two CPU cores.
+
+    python -m experiments.pretrain --config=experiments/configs/tiny_pretrain.py
+
+Running the command again resumes. The result of the shipped weights, with command, seconds, tokens
+and seed, stands in memdlm_jax/assets/tiny/README.md.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Settings of the run; the sections are the fields of ``experiments.pretrain.PretrainConfig``."""
+    config = ConfigDict()
+    config.start = ""
+    config.tokenizer = ""
+    config.validation_batches = 12
+    config.model = ConfigDict(
+        {
+            "vocab_size": 4096,
+            "width": 128,
+            "num_layers": 5,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "hidden_features": 344,
+            "mask_token_id": 1,
+            "max_length": 512,
+            "rope_theta": 500_000.0,
+            "tied": True,
+        }
+    )
+    config.induction = ConfigDict({"enabled": True})
+    config.data = ConfigDict(
+        {
+            "seed": 0,
+            "text_length": 256,
+            "text_rows": 16,
+            "needle_lengths": (96, 128, 192, 320, 512),
+            "needle_tokens": 3072,
+            "needle_share": 0.5,
+            "needle_only_batches": 600,
+            "max_keys": 8,
+        }
+    )
+    config.schedule = ConfigDict({"minimum_time": 0.1, "sampling": "low_discrepancy"})
+    config.optimizer = ConfigDict(
+        {
+            "total_steps": 100_000,
+            "learning_rate": 1e-3,
+            "warmup_fraction": 0.001,
+            "schedule": "constant",
+            "beta2": 0.98,
+            "clip_norm": 1.0,
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "output": "runs/pretrain",
+            "steps": 60_000,
+            "seed": 0,
+            "log_every": 50,
+            "validate_every": 500,
+            "save_every": 250,
+            "profile_steps": 0,
+        }
+    )
+    config.probe = ConfigDict({"lengths": (192, 320), "num_keys": (4,), "episodes": 100})
+    return config

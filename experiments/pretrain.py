@@ -1,0 +1,138 @@
+"""Pretrain a small denoiser until it retrieves, and export it as a model folder.
+
+    python -m experiments.pretrain --config=experiments/configs/tiny_pretrain.py
+
+Running the same command again resumes. The newest weights are in OUTPUT/model, in the format that
+every other script loads.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+
+from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.data.pretraining import PretrainingConfig
+from memdlm_jax.data.tokenizer import Tokenizer
+from memdlm_jax.diffusion.decode import DecodeConfig
+from memdlm_jax.diffusion.schedule import LinearSchedule
+from memdlm_jax.evaluation import needles
+from memdlm_jax.evaluation.needles import NeedleSuite
+from memdlm_jax.evaluation.systems import System
+from memdlm_jax.models import induction
+from memdlm_jax.models.induction import InductionInit
+from memdlm_jax.models.llada import LLaDA, LLaDAConfig
+from memdlm_jax.training import loop, pretraining
+from memdlm_jax.training import state as states
+from memdlm_jax.training.loop import TrainConfig
+from memdlm_jax.training.optimizer import OptimizerConfig
+from memdlm_jax.training.step import StepSetup
+from memdlm_jax.typing import Theta
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """All settings of a pretraining run.
+
+    Attributes:
+        model: sizes; its vocabulary and mask token must be the tokenizer's.
+        train: the loop.
+        optimizer: of the outer step.
+        data: the mixture.
+        schedule: masking of running text.
+        induction: structured initialisation, or ``None`` for an ordinary one.
+        start: model folder to start from instead of fresh parameters.
+        tokenizer: its file; trained and stored there if missing. Empty is OUTPUT/tokenizer.json.
+        validation_batches: held-out batches, text and needles.
+        probe: needle questions asked at every validation.
+    """
+
+    model: LLaDAConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    data: PretrainingConfig
+    schedule: LinearSchedule
+    induction: InductionInit | None = None
+    start: str = ""
+    tokenizer: str = ""
+    validation_batches: int = 12
+    probe: NeedleSuite = dataclasses.field(default_factory=NeedleSuite)
+
+
+def run(config: PretrainConfig) -> Path:
+    """Train, resuming what is there, and return the exported model folder."""
+    output = Path(config.train.output)
+    tokenizer_file = Path(config.tokenizer or output / "tokenizer.json")
+    tokenizer = pretraining.tokenizer_at(tokenizer_file, config.model.vocab_size)
+    _check_vocabulary(config.model, tokenizer)
+    denoiser = LLaDA(config.model)
+    data = pretraining.load_data(config.data, tokenizer, config.validation_batches)
+    setup = StepSetup(
+        denoiser, config.optimizer, schedule=config.schedule,
+        corrupt=pretraining.corrupt(config.schedule),
+    )  # fmt: skip
+    identity = {f"data.{k}": v for k, v in dataclasses.asdict(config.data).items()}
+    identity["data.tokenizer"] = tokenizer.digest()
+    state = states.create(first_theta(config, denoiser), config.optimizer)
+    probe = needle_probe(config.probe, denoiser, tokenizer, data.held_out_sentences, output)
+    result = loop.run(config.train, setup, state, data.train, data.validation, identity, probe)
+    return export(output / "model", denoiser, result.state.theta, tokenizer)
+
+
+def first_theta(config: PretrainConfig, denoiser: LLaDA) -> Theta:
+    """Parameters before the first step."""
+    if config.start:
+        loaded, theta = hugging_face.load(config.start, config.model.param_dtype)
+        if loaded.config != config.model:
+            raise ValueError(f"start={config.start} has {loaded.config}, not {config.model}")
+        return theta
+    key = jax.random.key(config.train.seed)
+    if config.induction is None:
+        return denoiser.init(key)
+    return induction.init(key, denoiser, config.induction)
+
+
+def needle_probe(
+    suite: NeedleSuite, denoiser: LLaDA, tokenizer: Tokenizer, sentences: list[str], output: Path
+) -> Callable[[Theta], Mapping[str, float]]:
+    """Measure needle accuracy of every cell, and export the weights that were measured."""
+    episodes = needles.draw_episodes(suite, tokenizer, sentences)
+
+    def probe(theta: Theta) -> Mapping[str, float]:
+        export(output / "model", denoiser, theta, tokenizer)
+        system = System("mdlm", denoiser, theta)
+        scores = {}
+        for task, asked in episodes.items():
+            answer = needles.answerer(
+                system, tokenizer, DecodeConfig(length=4, steps=4, block_length=4),
+                max_length=task.length + 8, batch_size=20,
+            )  # fmt: skip
+            outcomes = needles.evaluate_cell(asked, answer)
+            name = f"needles_{task.length}_{task.num_keys}"
+            scores[name] = sum(o.score for o in outcomes) / len(outcomes)
+            scores[f"{name}_in_context"] = sum(o.in_context for o in outcomes) / len(outcomes)
+        return scores
+
+    return probe
+
+
+def export(folder: Path, denoiser: LLaDA, theta: Theta, tokenizer: Tokenizer) -> Path:
+    """Write weights, config and tokenizer as a model folder."""
+    hugging_face.save(folder, denoiser, theta)
+    tokenizer.save(folder / "tokenizer.json")
+    return folder
+
+
+def _check_vocabulary(model: LLaDAConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} must be the tokenizer's {tokenizer.vocab_size}"
+        )
+    if tokenizer.mask_id != model.mask_token_id:
+        raise ValueError(
+            f"model.mask_token_id={model.mask_token_id} must be the tokenizer's {tokenizer.mask_id}"
+        )
