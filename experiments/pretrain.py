@@ -2,8 +2,9 @@
 
     python -m experiments.pretrain --config=experiments/configs/tiny_pretrain.py
 
-Running the same command again resumes. The newest weights are in OUTPUT/model, in the format that
-every other script loads.
+Running the same command again resumes, and a larger ``--config.train.steps`` goes on.
+``--config.start=MODEL`` starts from a model folder instead of fresh weights. The newest measured
+weights are in OUTPUT/model, in the format that every other script loads.
 """
 
 import dataclasses
@@ -12,8 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+from ml_collections import config_dict
 
+from experiments import _cli
 from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.data.needles import NeedleConfig
 from memdlm_jax.data.pretraining import PretrainingConfig
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.decode import DecodeConfig
@@ -48,7 +52,7 @@ class PretrainConfig:
         start: model folder to start from instead of fresh parameters.
         tokenizer: its file; trained and stored there if missing. Empty is OUTPUT/tokenizer.json.
         validation_batches: held-out batches, text and needles.
-        probe: needle questions asked at every validation.
+        probe: needle questions asked at every validation, with words and filler of their own.
     """
 
     model: LLaDAConfig
@@ -60,7 +64,31 @@ class PretrainConfig:
     start: str = ""
     tokenizer: str = ""
     validation_batches: int = 12
-    probe: NeedleSuite = dataclasses.field(default_factory=NeedleSuite)
+    probe: NeedleSuite = dataclasses.field(
+        default_factory=lambda: NeedleSuite(task=NeedleConfig(split="validation"))
+    )
+
+    def __post_init__(self):
+        if self.validation_batches < 0:
+            raise ValueError(f"validation_batches={self.validation_batches} must be at least 0")
+        if self.model.max_length < max(self.data.needle_lengths, default=0):
+            raise ValueError(
+                f"data.needle_lengths={self.data.needle_lengths} go beyond model.max_length="
+                f"{self.model.max_length}"
+            )
+
+
+def from_config_dict(config: config_dict.ConfigDict) -> PretrainConfig:
+    """Build the settings; ``induction.enabled = False`` asks for an ordinary initialisation.
+
+    Raises:
+        KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
+    """
+    settings = config.to_dict()
+    structured = settings.get("induction") or {"enabled": False}
+    if not structured.pop("enabled", True):
+        settings["induction"] = None
+    return _cli.build(PretrainConfig, settings)
 
 
 def run(config: PretrainConfig) -> Path:
@@ -136,3 +164,12 @@ def _check_vocabulary(model: LLaDAConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"model.mask_token_id={model.mask_token_id} must be the tokenizer's {tokenizer.mask_id}"
         )
+
+
+def main(config: PretrainConfig) -> None:
+    """Run from the command line."""
+    logger.info("weights in %s", run(config))
+
+
+if __name__ == "__main__":
+    _cli.run(from_config_dict, main, "experiments/configs/tiny_pretrain.py")

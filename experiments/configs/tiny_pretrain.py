@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Settings of the run; the sections are the fields of ``experiments.pretrain.PretrainConfig``."""
+    """Settings of the run; the sections are fields of ``experiments.pretrain.PretrainConfig``."""
     config = ConfigDict()
     config.start = ""
     config.tokenizer = ""
@@ -64,5 +64,12 @@ def get_config() -> ConfigDict:
             "profile_steps": 0,
         }
     )
-    config.probe = ConfigDict({"lengths": (192, 320), "num_keys": (4,), "episodes": 100})
+    config.probe = ConfigDict(
+        {
+            "task": {"split": "validation"},
+            "lengths": (192, 320),
+            "num_keys": (4,),
+            "episodes": 100,
+        }
+    )
     return config
