@@ -1,0 +1,93 @@
+"""Losses at gathered targets against plain sums over the whole row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memdlm_jax.diffusion.objective import (
+    correct_counts,
+    diffusion_loss,
+    gather_targets,
+    hidden_at,
+    row_losses,
+)
+
+ROWS, LENGTH, WIDTH, VOCABULARY = 4, 9, 6, 11
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int32)
+MASK = RNG.random((ROWS, LENGTH)) < 0.4
+MASK[2] = False
+MASK[3] = True
+HIDDEN = RNG.normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float32)
+KERNEL = RNG.normal(size=(WIDTH, VOCABULARY)).astype(np.float32)
+WEIGHT = np.array([2.0, 0.5, 1e6, 1.0], np.float32)
+
+
+@pytest.mark.parametrize("capacity", [None, 5, 50])
+def test_targets_are_the_first_masked_positions_in_order(capacity):
+    targets = gather_targets(jnp.asarray(TOKENS), jnp.asarray(MASK), capacity)
+    slots = min(LENGTH, capacity or LENGTH)
+    assert targets.positions.shape == targets.labels.shape == targets.present.shape == (4, slots)
+    assert targets.positions.dtype == targets.labels.dtype == jnp.int32
+    for row in range(ROWS):
+        found = [(i, TOKENS[row, i]) for i in range(LENGTH) if MASK[row, i]][:slots]
+        present = np.asarray(targets.present[row])
+        assert present.tolist() == [slot < len(found) for slot in range(slots)]
+        pairs = zip(targets.positions[row], targets.labels[row], strict=True)
+        assert [(int(i), int(token)) for i, token in pairs][: len(found)] == found
+
+
+def test_hidden_states_are_those_of_the_positions():
+    targets = gather_targets(jnp.asarray(TOKENS), jnp.asarray(MASK))
+    picked = hidden_at(jnp.asarray(HIDDEN), targets)
+    for row in range(ROWS):
+        np.testing.assert_array_equal(picked[row], HIDDEN[row][np.asarray(targets.positions[row])])
+
+
+def full_logits_loss(hidden):
+    """Cross-entropy on the logits of every position, times the mask."""
+    log_p = jax.nn.log_softmax(hidden @ KERNEL)
+    nll = -jnp.take_along_axis(log_p, TOKENS[..., None], axis=-1)[..., 0]
+    return jnp.sum(WEIGHT[:, None] * MASK * nll)
+
+
+@pytest.mark.parametrize("capacity", [None, LENGTH])
+def test_loss_and_gradient_equal_those_on_full_logits(capacity):
+    targets = gather_targets(jnp.asarray(TOKENS), jnp.asarray(MASK), capacity)
+
+    def loss(hidden):
+        return diffusion_loss(lambda h: h @ KERNEL, hidden, targets, jnp.asarray(WEIGHT))
+
+    ours, gradient = jax.jit(jax.value_and_grad(loss))(HIDDEN)
+    theirs, expected = jax.jit(jax.value_and_grad(full_logits_loss))(HIDDEN)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+    # Gradient at the targets only, however large the weight of a row without any.
+    np.testing.assert_array_equal(np.abs(gradient).max(-1) > 0, MASK)
+    assert np.isfinite(gradient).all()
+
+
+def test_slots_without_target_count_for_nothing():
+    """Not even a non-finite logit in them reaches the loss."""
+    targets = gather_targets(jnp.asarray(TOKENS), jnp.asarray(MASK))
+    logits = jnp.asarray(HIDDEN @ KERNEL)
+    spoilt = jnp.where(targets.present[..., None], logits, jnp.inf)
+    losses = row_losses(logits, targets)
+    np.testing.assert_array_equal(row_losses(spoilt, targets), losses)
+    assert losses[2] == 0 and (losses[jnp.array([0, 1, 3])] > 0).all()
+
+
+def test_row_losses_survive_huge_logits():
+    targets = gather_targets(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    logits = jnp.array([[[1e4, -1e4], [-1e4, 1e4]]])
+    np.testing.assert_allclose(row_losses(logits, targets), [2e4])
+
+
+def test_correct_counts():
+    targets = gather_targets(jnp.asarray(TOKENS), jnp.asarray(MASK))
+    right = jax.nn.one_hot(targets.labels, VOCABULARY)
+    np.testing.assert_array_equal(correct_counts(right, targets), MASK.sum(-1))
+    wrong_first = right.at[:, 0].set(-right[:, 0])
+    expected = np.maximum(MASK.sum(-1) - 1, 0)
+    np.testing.assert_array_equal(correct_counts(wrong_first, targets), expected)
