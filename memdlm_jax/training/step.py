@@ -108,8 +108,8 @@ def train_step(
     )
     theta = optax.apply_updates(state.theta, updates)
     metrics = _metrics(sums) | {
-        "gradient_norm": optax.global_norm(gradient),
-        "parameter_norm": optax.global_norm(theta),
+        "gradient_norm": optax.tree.norm(gradient),
+        "parameter_norm": optax.tree.norm(theta),
         "learning_rate": optimizers.learning_rate_at(setup.optimizer, state.step),
     }
     return TrainState(state.step + 1, theta, optimizer_state), metrics

@@ -1,0 +1,130 @@
+"""What all scripts share: the ``--config`` flag, and ConfigDicts turned into frozen dataclasses."""
+
+import dataclasses
+import difflib
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_dict, config_flags
+
+T = TypeVar("T")
+
+
+def run(
+    parse: Callable[[config_dict.ConfigDict], T], main: Callable[[T], None], default: str
+) -> None:
+    """Parse ``--config=FILE.py`` with its overrides and call ``main`` with the settings.
+
+    Args:
+        parse: ConfigDict -> settings; what it raises ends the script with that message alone.
+        main: the script.
+        default: config file that is used without ``--config``.
+    """
+    config = config_flags.DEFINE_config_file("config", default, "Settings: a file in configs/.")
+    profile = flags.DEFINE_integer(
+        "profile", 0, "Record this many training steps with jax.profiler in OUTPUT/profile.", 0
+    )
+    for name in ("config", "profile"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+    def start(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            raise app.UsageError(f"unknown arguments {arguments[1:]}: options start with --config.")
+        if profile.value:
+            config.value.train.profile_steps = profile.value
+        try:
+            settings = parse(config.value)
+        except (KeyError, TypeError, ValueError) as error:
+            sys.exit(f"error: {error.args[0]}")
+        main(settings)
+
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("memdlm_jax").setLevel(logging.INFO)
+    app.run(start)
+
+
+def build(kind: type[T], settings: Mapping[str, Any], path: str = "config") -> T:
+    """Turn settings into a dataclass, nested ones included.
+
+    Args:
+        kind: a dataclass.
+        settings: its fields by name, nested mappings for nested dataclasses; a ConfigDict is one.
+        path: dotted path of ``settings``, for messages.
+
+    Raises:
+        KeyError: for unknown and missing fields, by dotted path.
+        TypeError: for a value of another type than its field's, by dotted path.
+        ValueError: what the dataclass itself finds wrong, after its dotted path.
+    """
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
+    for name in settings:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {sorted(fields)}"
+            raise KeyError(f"{path}.{name} is no field of {kind.__name__}; {hint}")
+    for name, field in fields.items():
+        if name not in settings and _required(field):
+            raise KeyError(f"{path}.{name} is missing; {kind.__name__} needs it")
+    hints = typing.get_type_hints(kind)
+    values = {
+        name: _convert(hints[name], value, f"{path}.{name}") for name, value in settings.items()
+    }
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _required(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Check one value against its type hint; lists become tuples, ints become floats."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_optional(arguments, value, path)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{path}={value!r} must be one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        return _convert_tuple(arguments, value, path)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping | config_dict.ConfigDict):
+        return build(typing.cast(type, hint), typing.cast(Mapping, value), path)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Any or type(value) is hint:
+        return value
+    raise TypeError(f"{path}={value!r} is {type(value).__name__}, must be {_name(hint)}")
+
+
+def _convert_optional(arguments: tuple, value: Any, path: str) -> Any:
+    others = [argument for argument in arguments if argument is not type(None)]
+    if value is None and len(others) < len(arguments):
+        return None
+    if len(others) != 1:
+        raise TypeError(f"{path}: cannot choose among {[_name(other) for other in others]}")
+    return _convert(others[0], value, path)
+
+
+def _convert_tuple(arguments: tuple, value: Any, path: str) -> tuple:
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{path}={value!r} is {type(value).__name__}, must be a tuple")
+    if arguments[-1] is Ellipsis:
+        arguments = (arguments[0],) * len(value)
+    if len(arguments) != len(value):
+        raise TypeError(f"{path}={value!r} has {len(value)} values, must have {len(arguments)}")
+    pairs = enumerate(zip(arguments, value, strict=True))
+    return tuple(_convert(hint, item, f"{path}[{i}]") for i, (hint, item) in pairs)
+
+
+def _name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))

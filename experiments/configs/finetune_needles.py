@@ -1,0 +1,86 @@
+"""Fine-tune a small model on needle episodes and dialogues, with the Parametric Memory.
+
+    python -m experiments.finetune --config=experiments/configs/finetune_needles.py \
+        --config.init=MODEL --config.train.output=runs/needles_memdlm
+
+The plain MDLM on the same batches with the same masks:
+
+    python -m experiments.finetune --config=experiments/configs/finetune_needles.py \
+        --config.init=MODEL --config.train.output=runs/needles_mdlm --config.memory.enabled=False
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    """All settings of the run; names and meaning are those of the dataclasses."""
+    config = config_dict.ConfigDict()
+    config.init = ""
+    config.dtype = "float32"
+    config.remat = False
+    config.validation_batches = 16
+
+    config.data = config_dict.ConfigDict()
+    config.data.directory = "data"
+    config.data.seed = 0
+    config.data.encode = {"max_length": 256, "long_prompt": "truncate_left"}
+    config.data.sources = (
+        {
+            "kind": "needles",
+            "needles": {"length": 128, "num_keys": 2},
+            "episodes": (4000, 200, 200),
+        },
+        {
+            "kind": "needles",
+            "needles": {"length": 256, "num_keys": 4},
+            "episodes": (4000, 200, 200),
+        },
+        {"kind": "chitchat"},
+    )
+
+    config.pipeline = config_dict.ConfigDict()
+    config.pipeline.buckets = (128, 256)
+    config.pipeline.rows_per_batch = 16
+    config.pipeline.seed = 0
+    config.pipeline.supervise_padding = False
+
+    config.memory = config_dict.ConfigDict()
+    config.memory.enabled = True
+    config.memory.steps = 2
+    config.memory.learning_rate = 0.1
+    config.memory.clip_norm = 1.0
+    config.memory.pre_anchor_scale = 1.5
+    config.memory.adapter = "lora"
+    config.memory.rank = 32
+    config.memory.alpha = 64.0
+    config.memory.layer_fraction = 0.1
+    config.memory.target_modules = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+    config.memory.scope = "example"
+    config.memory.meta_gradient = "first_order"
+
+    config.schedule = config_dict.ConfigDict()
+    config.schedule.minimum_time = 1e-3
+    config.schedule.sampling = "iid"
+
+    config.train = config_dict.ConfigDict()
+    config.train.output = ""
+    config.train.steps = 2000
+    config.train.seed = 0
+    config.train.log_every = 20
+    config.train.validate_every = 200
+    config.train.save_every = 500
+    config.train.keep_last = 2
+    config.train.profile_steps = 0
+
+    config.optimizer = config_dict.ConfigDict()
+    config.optimizer.total_steps = config.train.get_ref("steps")
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_fraction = 0.1
+    config.optimizer.schedule = "cosine"
+    config.optimizer.end_fraction = 0.0
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.999
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.accumulation = 1
+    return config

@@ -1,0 +1,170 @@
+"""Fine-tune a model folder with or without the Parametric Memory, and export the best weights.
+
+    python -m experiments.finetune --config=experiments/configs/finetune_needles.py \
+        --config.init=MODEL --config.train.output=OUTPUT
+
+``--config.memory.enabled=False`` is the plain MDLM on the same batches with the same masks.
+Running the same command again resumes. ``OUTPUT/best`` holds the weights of the step with the
+lowest memory-off validation loss, in the format that every other script loads.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+
+from experiments import _cli
+from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline
+from memdlm_jax.data.prepare import DataConfig, PreparedData, prepare
+from memdlm_jax.diffusion.schedule import LinearSchedule
+from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.models.llada import LLaDA
+from memdlm_jax.training import loop
+from memdlm_jax.training import state as states
+from memdlm_jax.training.loop import Result, TrainConfig
+from memdlm_jax.training.optimizer import OptimizerConfig
+from memdlm_jax.training.step import StepSetup
+from memdlm_jax.typing import Batch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """All settings of a fine-tuning run.
+
+    Attributes:
+        init: model folder to start from: config.json, safetensors, tokenizer.json.
+        data: sources and encoding; the tokenizer is always the model's.
+        pipeline: buckets and batches, for validation too.
+        optimizer: of the outer loop.
+        train: the loop.
+        memory: the Parametric Memory, ``None`` for a plain MDLM.
+        schedule: masking of the outer loss.
+        dtype: of parameters and activations, ``float32`` or ``bfloat16``.
+        remat: recompute activations in the backward pass, layer by layer.
+        validation_batches: batches of the validation split to score.
+    """
+
+    init: str
+    data: DataConfig
+    pipeline: PipelineConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    memory: MemoryConfig | None
+    schedule: LinearSchedule
+    dtype: str = "float32"
+    remat: bool = False
+    validation_batches: int = 16
+
+    def __post_init__(self):
+        if not self.init:
+            raise ValueError("init='' must name a model folder")
+        if self.data.tokenizer:
+            raise ValueError(
+                f"data.tokenizer={self.data.tokenizer!r} must be empty: it is the model folder's"
+            )
+        if self.validation_batches < 0:
+            raise ValueError(f"validation_batches={self.validation_batches} must be at least 0")
+
+
+def from_config_dict(config: config_dict.ConfigDict) -> FinetuneConfig:
+    """Build the settings; ``memory.enabled = False`` drops the rest of ``memory``.
+
+    Raises:
+        KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
+    """
+    settings = config.to_dict()
+    memory = settings.get("memory") or {}
+    enabled = memory.pop("enabled", True)
+    if type(enabled) is not bool:
+        raise TypeError(f"config.memory.enabled={enabled!r} must be bool")
+    if not enabled:
+        _cli.build(MemoryConfig, memory, "config.memory")  # a typo is an error all the same
+        settings["memory"] = None
+    return _cli.build(FinetuneConfig, settings)
+
+
+def finetune(config: FinetuneConfig) -> Result:
+    """Train, resuming what is there, and export the best weights if the run came to its end."""
+    denoiser, theta = hugging_face.load(config.init, config.dtype)
+    denoiser = LLaDA(dataclasses.replace(denoiser.config, remat=config.remat))
+    prepared = prepared_for(config, denoiser)
+    train = make_pipeline(prepared, "train", config.pipeline)
+    validation = validation_batches(prepared, config)
+    logger.info("%s\n%d steps an epoch", prepared.describe(), train.steps_per_epoch)
+    setup = StepSetup(denoiser, config.optimizer, config.memory, config.schedule)
+    identity = identity_of(config, prepared)
+    state = states.create(theta, config.optimizer)
+    result = loop.run(config.train, setup, state, train, validation, identity)
+    if result.finished:
+        best = loop.load_best(config.train, setup, result, identity)
+        folder = Path(config.train.output) / "best"
+        hugging_face.save(folder, denoiser, best)
+        shutil.copyfile(Path(config.init) / "tokenizer.json", folder / "tokenizer.json")
+        logger.info("best weights (step %s) in %s", result.best_step or "last", folder)
+    return result
+
+
+def prepared_for(config: FinetuneConfig, denoiser: LLaDA) -> PreparedData:
+    """Rows encoded with the tokenizer of the model folder.
+
+    Raises:
+        ValueError: if tokenizer and model disagree on vocabulary or mask token, or if a row could
+            be longer than the model is meant for.
+    """
+    tokenizer_file = str(Path(config.init) / "tokenizer.json")
+    prepared = prepare(dataclasses.replace(config.data, tokenizer=tokenizer_file))
+    tokenizer, model = prepared.tokenizer, denoiser.config
+    if tokenizer.mask_id != model.mask_token_id or tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{tokenizer_file} has mask id {tokenizer.mask_id} and {tokenizer.vocab_size} ids, the "
+            f"model has mask id {model.mask_token_id} and {model.vocab_size} ids"
+        )
+    longest = config.pipeline.buckets[-1]
+    if longest > model.max_length:
+        raise ValueError(
+            f"pipeline.buckets end at {longest}, beyond the model's max_length={model.max_length}"
+        )
+    return prepared
+
+
+def validation_batches(prepared: PreparedData, config: FinetuneConfig) -> list[Batch]:
+    """The first batches of the validation split, in an order that the seed of training fixes."""
+    if not config.validation_batches:
+        return []
+    pipeline = make_pipeline(prepared, "validation", config.pipeline)
+    count = min(config.validation_batches, pipeline.steps_per_epoch)
+    return [pipeline.batch_at(step) for step in range(count)]
+
+
+def identity_of(config: FinetuneConfig, prepared: PreparedData) -> dict[str, Any]:
+    """What a resumed run must share with the first: starting weights, rows and their order."""
+    weights = hashlib.sha256()
+    for file in sorted(Path(config.init).glob("*.safetensors")):
+        with file.open("rb") as content:
+            weights.update(hashlib.file_digest(content, "sha256").digest())
+    return {
+        "init.sha256": weights.hexdigest(),
+        "data.rows": prepared.directory.name,
+        "pipeline.buckets": config.pipeline.buckets,
+        "pipeline.rows_per_batch": config.pipeline.rows_per_batch,
+        "pipeline.seed": config.pipeline.seed,
+        "pipeline.supervise_padding": config.pipeline.supervise_padding,
+    }
+
+
+def main(config: FinetuneConfig) -> None:
+    """Run from the command line."""
+    result = finetune(config)
+    if not result.finished:
+        logger.info("stopped after step %d; run the same command to go on", result.state.step)
+
+
+if __name__ == "__main__":
+    _cli.run(from_config_dict, main, "experiments/configs/finetune_needles.py")

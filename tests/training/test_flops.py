@@ -1,0 +1,50 @@
+"""The FLOP count of a traced program, against hand counts."""
+
+import jax
+import jax.numpy as jnp
+
+from memdlm_jax.training.flops import matmul_flops
+from memdlm_jax.training.parallel import CompiledSteps
+from tests.training import tiny
+
+
+def test_a_scan_counts_as_often_as_it_runs():
+    def scanned(x, w):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
+
+    x, w = jnp.ones((3, 4)), jnp.ones((4, 4))
+    assert matmul_flops(scanned, x, w) == 5 * 2 * 3 * 4 * 4
+    gradient = jax.grad(lambda w: jax.jit(jax.checkpoint(scanned))(x, w).sum())
+    assert matmul_flops(gradient, w) >= 3 * 5 * 2 * 3 * 4 * 4
+
+
+def test_a_conditional_counts_its_costliest_branch():
+    def function(x, flag):
+        return jax.lax.cond(flag, lambda: x @ x, lambda: x)
+
+    assert matmul_flops(function, jnp.ones((4, 4)), True) == 2 * 4**3
+
+
+def test_a_ragged_product_counts_each_row_once():
+    def loss(x, w):
+        return jax.lax.ragged_dot(x, w, jnp.array([1, 2, 3])).sum()
+
+    x, w = jnp.ones((6, 4)), jnp.ones((3, 4, 5))
+    assert matmul_flops(loss, x, w) == 2 * 6 * 4 * 5
+    assert matmul_flops(jax.grad(loss, (0, 1)), x, w) == 3 * 2 * 6 * 4 * 5
+
+
+def test_the_plain_step_is_three_times_its_forward_products():
+    steps = CompiledSteps(tiny.setup(), lambda length: length)
+    batch = tiny.batch(rows=2, length=8)
+    flops, share = steps.inner_loop_share(tiny.fresh_state(), batch)
+    layer = 16 * 16 * 2 + 2 * 16 * 8 + 3 * 16 * 32  # q, o; k, v with one head of two; SwiGLU
+    attention = 2 * 8 * 16  # scores and values, per token
+    forward = 2 * 2 * 8 * (2 * (layer + attention) + 16 * 40)
+    assert flops == 3 * forward and share == 0.0
+
+
+def test_the_inner_loop_has_its_share():
+    steps = CompiledSteps(tiny.setup(tiny.MEMORY), lambda length: length)
+    _, share = steps.inner_loop_share(tiny.fresh_state(), tiny.batch(rows=2, length=8))
+    assert 0.2 < share < 0.8

@@ -1,0 +1,176 @@
+"""The loop: resuming to the bit, stopping, validation, and what it writes."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from memdlm_jax.checkpoints.training_state import ConfigMismatch, NoUsableCheckpoint
+from memdlm_jax.training import loop
+from memdlm_jax.training.metrics import MetricsWriter
+from tests.training import tiny
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, tiny.run(folder)
+
+
+class Interrupting(tiny.Data):
+    """Sends a signal to this process when a step's batch is asked for."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def batch_at(self, step):
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().batch_at(step)
+
+
+def lines_of(folder, timed=False):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in one.items() if timed or "speed/" not in k} for one in lines]
+
+
+def assert_same_run(folder, result, undisturbed):
+    other_folder, other = undisturbed
+    jax.tree.map(np.testing.assert_array_equal, result.state, other.state)
+    assert (result.best_step, result.best_loss) == (other.best_step, other.best_loss)
+    assert lines_of(folder) == lines_of(other_folder)
+
+
+def largest_file(folder):
+    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def test_reports_and_validates_at_its_periods(undisturbed):
+    folder, result = undisturbed
+    lines = lines_of(folder, timed=True)
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 8, 9, 10, 12]
+    validated = {line["step"]: line.get("validation/memory_off") for line in lines}
+    scores = {step: score for step, score in validated.items() if score is not None}
+    assert list(scores) == [4, 8, 12]
+    assert result.finished and result.best_loss == min(scores.values())
+    assert scores[result.best_step] == result.best_loss
+    assert all(line["speed/tokens_per_second"] > 0 for line in lines)
+    assert list((folder / "tensorboard").glob("events.*"))
+
+
+def test_loss_falls(undisturbed):
+    lines = lines_of(undisturbed[0])
+    assert lines[-1]["validation/memory_off"] < lines[2]["validation/memory_off"]
+
+
+def test_a_killed_run_resumes_to_the_bit(tmp_path, undisturbed, environment):
+    command = [sys.executable, "-m", "tests.training.tiny", str(tmp_path), "8"]
+    dead = subprocess.run(command, env=os.environ | environment, capture_output=True, timeout=300)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
+    last = lines_of(tmp_path)[-1]["step"]
+    assert 4 <= last < 12
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss/mem')  # cut off in the middle of a line
+    assert_same_run(tmp_path, tiny.run(tmp_path), undisturbed)
+
+
+def test_sigterm_saves_and_stops_and_the_run_goes_on(tmp_path, undisturbed):
+    stopped = tiny.run(tmp_path, data=Interrupting(7))
+    assert not stopped.finished and 4 <= int(stopped.state.step) < 12
+    assert_same_run(tmp_path, tiny.run(tmp_path), undisturbed)
+
+
+def test_a_corrupt_checkpoint_is_detected_and_the_one_before_used(tmp_path, undisturbed, caplog):
+    tiny.run(tmp_path, data=Interrupting(9))
+    saved = sorted(int(f.name) for f in (tmp_path / "checkpoints").iterdir() if f.name.isdigit())
+    flip_a_byte(largest_file(tmp_path / "checkpoints" / str(saved[-1])))
+    resumed = tiny.run(tmp_path)
+    assert f"checkpoint {saved[-1]} " in caplog.text and "falling back" in caplog.text
+    assert_same_run(tmp_path, resumed, undisturbed)
+
+
+def test_a_finished_run_stays_as_it_is(undisturbed):
+    folder, result = undisturbed
+    assert_same_run(folder, tiny.run(folder), (folder, result))
+
+
+def test_other_settings_do_not_resume_and_are_named(undisturbed):
+    folder, _ = undisturbed
+    setup = tiny.setup()
+    other = dataclasses.replace(setup.optimizer, learning_rate=1e-5)
+    changed = dataclasses.replace(setup, optimizer=other)
+    with pytest.raises(ConfigMismatch, match=r"optimizer\.learning_rate=0\.003.*1e-05"):
+        loop.run(tiny.train_config(folder), changed, tiny.fresh_state(), tiny.Data())
+
+
+def test_the_best_step_is_loaded(tmp_path, undisturbed):
+    folder, result = undisturbed
+    earlier = dataclasses.replace(result, best_step=9)
+    theta = loop.load_best(tiny.train_config(folder), tiny.setup(), earlier)
+    different = jax.tree.map(lambda a, b: bool((a != b).any()), theta, result.state.theta)
+    assert any(jax.tree.leaves(different))
+
+
+def test_all_corrupt_is_an_error(tmp_path, undisturbed):
+    tiny.run(tmp_path, steps=1)
+    flip_a_byte(largest_file(tmp_path / "checkpoints" / "1"))
+    with pytest.raises(NoUsableCheckpoint, match=r"all checkpoints .* are corrupt"):
+        tiny.run(tmp_path, steps=1)
+
+
+def test_a_step_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    def corrupt(key, batch):
+        mask, weight = tiny.corrupt(key, batch)
+        return mask, jax.numpy.where(batch.tokens.sum() == poison, jax.numpy.inf, weight)
+
+    poison = int(tiny.Data().batch_at(4).tokens.sum())
+    setup, config = tiny.setup(corrupt=corrupt), tiny.train_config(tmp_path, validate_every=0)
+    with pytest.raises(loop.NotFinite, match="step 5: "):
+        loop.run(config, setup, tiny.fresh_state(), tiny.Data())
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["3"]
+
+
+def test_profiles_the_steps_asked_for(tmp_path):
+    tiny.run(tmp_path, steps=4, validate_every=0, profile_steps=1)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_batches_are_made_in_order_and_closing_early_stops_the_thread():
+    batches = loop.ahead(lambda step: step, 3, 9)
+    assert [next(batches) for _ in range(3)] == [3, 4, 5]
+    batches.close()
+    assert list(loop.ahead(lambda step: step, 3, 5, depth=4)) == [3, 4]
+
+
+def test_lines_of_later_steps_are_cut(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1.0}\n{"step": 5}\n{"st')
+    writer = MetricsWriter(tmp_path, 2)
+    writer.write(3, {"a": float("nan")})
+    writer.close()
+    assert lines_of(tmp_path) == [{"step": 1, "a": 1.0}, {"step": 3, "a": None}]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output": ""}, {"steps": 0}, {"log_every": 0}, {"save_every": 0}, {"keep_last": 0},
+        {"validate_every": -1}, {"seed": -1}, {"validation_seed": -1}, {"profile_steps": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_loop_settings_are_named_with_their_value(change):
+    (name, value), = change.items()  # fmt: skip
+    with pytest.raises(ValueError, match=rf"train\.{name}={value!r} must"):
+        loop.TrainConfig(**({"output": "x", "steps": 1} | change))

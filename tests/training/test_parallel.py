@@ -1,0 +1,14 @@
+"""One step function for one device and for several."""
+
+import os
+import subprocess
+import sys
+
+
+def test_two_devices_take_the_same_step_as_one(environment):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.two_devices", "example"],
+        env=os.environ | environment | flags, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()

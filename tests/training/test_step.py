@@ -1,0 +1,152 @@
+"""One step: sums over sums, equal micro-batches, learning under every meta-gradient."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memdlm_jax.memory import meta_gradient
+from memdlm_jax.training import optimizer, step
+from tests.training import tiny
+
+KEY = jax.random.key(7)
+
+
+@functools.cache
+def compiled(setup):
+    return jax.jit(functools.partial(step.train_step, setup=setup))
+
+
+@functools.cache
+def sums_of(memory, accumulation):
+    config = dataclasses.replace(tiny.OPTIMIZER, accumulation=accumulation)
+    setup = dataclasses.replace(tiny.setup(memory, corrupt=tiny.corrupt), optimizer=config)
+    theta = tiny.fresh_state().theta
+    return jax.jit(functools.partial(step.gradient_sums, setup))(theta, tiny.batch(), KEY, True)
+
+
+def assert_close(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max(initial=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("memory", "parts"), [(None, 4), (tiny.STEADY_MEMORY, 2)], ids=["mdlm", "memdlm"]
+)
+def test_micro_batches_of_unequal_token_counts_equal_one_batch(memory, parts):
+    assert_close(sums_of(memory, parts), sums_of(memory, 1))
+
+
+def test_micro_batches_draw_from_keys_of_their_own(monkeypatch):
+    def drawn(setup, theta, batch, key, report):
+        return {}, jax.random.uniform(key)
+
+    monkeypatch.setattr(step, "_one_gradient", drawn)
+    config = dataclasses.replace(tiny.OPTIMIZER, accumulation=2)
+    setup = dataclasses.replace(tiny.setup(), optimizer=config)
+    total = step.gradient_sums(setup, {}, tiny.batch(), KEY, True)[1]
+    keys = jax.random.split(KEY)
+    assert float(total) == pytest.approx(float(sum(map(jax.random.uniform, keys))), rel=1e-6)
+
+
+def test_the_loss_is_the_sum_over_all_maskable_tokens_of_the_batch():
+    _, sums = sums_of(None, 1)
+    _, metrics = compiled(tiny.setup(corrupt=tiny.corrupt))(
+        tiny.fresh_state(), tiny.batch(), KEY, True
+    )
+    assert metrics["loss/memory_on"] == pytest.approx(float(sums.memory_on) / 35, rel=1e-5)
+    assert metrics["maskable"] == 35 and metrics["tokens"] == 47
+    gradient_norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(sums_of(None, 1)[0]))) / 35
+    assert metrics["gradient_norm"] == pytest.approx(float(gradient_norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, "first_order", "trunk_stopped", "exact"])
+def test_learns_one_batch_by_heart(kind):
+    memory = None if kind is None else dataclasses.replace(tiny.MEMORY, meta_gradient=kind)
+    take = compiled(tiny.setup(memory, corrupt=tiny.corrupt))
+    state, losses = tiny.fresh_state(), []
+    for i in range(12):
+        state, metrics = take(state, tiny.batch(), jax.random.fold_in(KEY, i), i in (0, 11))
+        losses.append(float(metrics["loss/memory_off"]))
+    assert losses[-1] < 0.8 * losses[0]
+    assert int(state.step) == 12
+
+
+def test_the_same_key_draws_the_same_anchor_with_and_without_memory():
+    _, anchor_key, _ = meta_gradient.step_keys(KEY)
+    mask, plain = meta_gradient.draw_anchor(
+        anchor_key, tiny.DENOISER, tiny.batch(), tiny.setup().schedule
+    )
+    _, anchor, _ = meta_gradient.draw(
+        KEY, tiny.DENOISER, tiny.MEMORY, tiny.batch(), tiny.setup().schedule
+    )
+    assert mask.any()
+    jax.tree.map(np.testing.assert_array_equal, plain, anchor)
+
+
+def test_memory_off_is_the_plain_loss_and_costs_nothing_unless_asked_for():
+    state, batch = tiny.fresh_state(), tiny.batch()
+    take = compiled(tiny.setup(tiny.MEMORY, corrupt=tiny.corrupt))
+    quiet, quiet_metrics = take(state, batch, KEY, False)
+    loud, metrics = take(state, batch, KEY, True)
+    plain_loss = float(sums_of(None, 1)[1].memory_on) / 35
+    assert metrics["loss/memory_off"] == pytest.approx(plain_loss, rel=1e-5)
+    assert metrics["loss/memory_on"] < metrics["loss/memory_off"]
+    assert np.isnan(quiet_metrics["loss/memory_off"])
+    jax.tree.map(np.testing.assert_array_equal, quiet, loud)
+
+
+def test_inner_metrics_are_reported():
+    take = compiled(tiny.setup(tiny.MEMORY, corrupt=tiny.corrupt))
+    _, metrics = take(tiny.fresh_state(), tiny.batch(), KEY, True)
+    assert {"inner/loss_1", "inner/loss_2", "inner/phi_norm", "inner/skipped"} <= set(metrics)
+    assert metrics["inner/skipped"] == 0 and metrics["inner/phi_norm"] > 0
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_rows_that_cannot_be_cut_into_micro_batches_are_refused():
+    config = dataclasses.replace(tiny.OPTIMIZER, accumulation=3)
+    setup = dataclasses.replace(tiny.setup(), optimizer=config)
+    with pytest.raises(ValueError, match="accumulation=3 must divide the 4 rows"):
+        step.gradient_sums(setup, tiny.fresh_state().theta, tiny.batch(), KEY, True)
+
+
+def test_one_memory_cannot_span_micro_batches():
+    memory = dataclasses.replace(tiny.MEMORY, scope="global")
+    config = dataclasses.replace(tiny.OPTIMIZER, accumulation=2)
+    with pytest.raises(ValueError, match=r"accumulation=2 must be 1 with memory.scope='global'"):
+        step.StepSetup(tiny.DENOISER, config, memory)
+
+
+def test_decay_spares_norms_and_the_embedding():
+    flags = optimizer.decayed(tiny.fresh_state().theta)
+    assert not flags["embedding"] and flags["unembedding"]
+    assert not flags["final_norm"]["scale"]
+    assert not flags["layers"]["attention_norm"]["scale"]
+    assert flags["layers"]["mlp"]["down_proj"]["kernel"]
+
+
+def test_the_learning_rate_rises_and_falls():
+    config = optimizer.OptimizerConfig(100, 1.0, warmup_fraction=0.1, end_fraction=0.2)
+    rates = [float(optimizer.learning_rate_at(config, i)) for i in (0, 9, 10, 55, 100, 200)]
+    np.testing.assert_allclose(rates, [0.1, 1.0, 1.0, 0.6, 0.2, 0.2], atol=1e-6)
+    constant = dataclasses.replace(config, schedule="constant")
+    assert float(optimizer.learning_rate_at(constant, 99)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"total_steps": 0}, {"learning_rate": 0.0}, {"warmup_fraction": 1.0}, {"beta1": -0.1},
+        {"beta2": 1.0}, {"epsilon": 0.0}, {"weight_decay": -1.0}, {"clip_norm": 0.0},
+        {"accumulation": 0}, {"end_fraction": 1.5}, {"schedule": "linear"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_optimizer_settings_are_named_with_their_value(change):
+    (name, value), = change.items()  # fmt: skip
+    with pytest.raises(ValueError, match=rf"optimizer\.{name}={value!r} must be"):
+        dataclasses.replace(tiny.OPTIMIZER, **change)
