@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from memdlm_jax.data.sft import Row
+from memdlm_jax.data.example import Example
+from memdlm_jax.data.sft import EncodeConfig, Encoder, Row
+from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion import masking, objective
 from memdlm_jax.evaluation import statistics
 from memdlm_jax.evaluation.systems import System, write_prompts
@@ -35,6 +37,42 @@ class LikelihoodConfig:
     def __post_init__(self):
         if self.samples < 1:
             raise ValueError(f"likelihood.samples={self.samples} must be at least 1")
+
+
+def held_out_rows(
+    examples: Iterable[Example], tokenizer: Tokenizer, *, max_length: int, count: int, seed: int
+) -> list[Row]:
+    """Draw one example of each group, of at most ``count`` groups, so that rows are independent.
+
+    Args:
+        examples: of a split that nothing was trained on; those that do not fit are left out.
+        tokenizer: encodes them.
+        max_length: tokens of the longest row; oldest turns are left out to fit.
+        count: rows wanted.
+        seed: of the draws.
+
+    Raises:
+        ValueError: fewer than two groups have a row.
+    """
+    encoder = Encoder(tokenizer, EncodeConfig(max_length, long_prompt="truncate_left"))
+    rng = np.random.default_rng(seed)
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.group, []).append(example)
+    rows: list[Row] = []
+    for name in rng.permutation(sorted(groups)):
+        example = groups[name][rng.integers(len(groups[name]))]
+        row = encoder.encode(example)
+        if not isinstance(row, str):
+            rows.append(row)
+        if len(rows) == count:
+            break
+    if len(rows) < 2:
+        raise ValueError(
+            f"{len(groups)} groups gave {len(rows)} rows of at most max_length={max_length} "
+            f"tokens (count={count}); at least two are needed"
+        )
+    return rows
 
 
 def mask_counts(
@@ -156,7 +194,7 @@ def dataset_losses(
 ) -> Float[np.ndarray, "n"]:
     """``row_losses`` of every row, in the given order; rows of like length share a batch."""
     order = np.argsort([len(row.tokens) for row in rows], kind="stable")
-    capacity = _shape(max(len(row.tokens) - row.prompt_length for row in rows))
+    capacity = _up_to(32, max(len(row.tokens) - row.prompt_length for row in rows))
     losses = np.zeros(len(rows))
     for start in range(0, len(rows), batch_size):
         # A short last batch repeats its last row: one shape, and the repeats write the same loss.
@@ -168,14 +206,14 @@ def dataset_losses(
     return losses
 
 
-def _shape(length: int) -> int:
-    """The next power of two, at least 32: few shapes, few compilations."""
-    return max(32, 1 << (length - 1).bit_length())
+def _up_to(multiple: int, length: int) -> int:
+    """The next multiple: few shapes, few compilations."""
+    return -(-length // multiple) * multiple
 
 
 def _pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
     """Rows in one batch, padded on the right."""
-    width = _shape(max(len(row.tokens) for row in rows))
+    width = _up_to(128, max(len(row.tokens) for row in rows))
     tokens = np.full((len(rows), width), pad_token_id, np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row.tokens)] = row.tokens

@@ -12,12 +12,10 @@ from memdlm_jax.data.needles import (
     chance_floor,
     string_match_all,
 )
-from memdlm_jax.data.sft import EncodeConfig, Encoder
 from memdlm_jax.data.tokenizer import Tokenizer
-from memdlm_jax.diffusion import unmasking
 from memdlm_jax.diffusion.decode import DecodeConfig
 from memdlm_jax.evaluation import statistics
-from memdlm_jax.evaluation.systems import System, respond
+from memdlm_jax.evaluation.systems import System, prompt_ids, reply
 
 DEPTH_BINS = 5
 
@@ -109,30 +107,19 @@ def answerer(
     max_length: int,
     batch_size: int = 8,
 ) -> Answerer:
-    """A system as a function from episodes to replies; prompts are encoded as in training."""
-    encoder = Encoder(tokenizer, EncodeConfig(max_length))
+    """A system as a function from episodes to replies; the arguments are those of ``reply``."""
 
     def answer(episodes: Sequence[Episode]) -> list[str]:
-        prompts = [_prompt_ids(encoder, episode) for episode in episodes]
-        decoded = respond(
-            system, prompts, config, seed=seed, pad_token_id=tokenizer.pad_id,
-            max_length=max_length, batch_size=batch_size,
-        )  # fmt: skip
-        lengths = unmasking.text_lengths(decoded.tokens, tokenizer.eos_id)
-        rows = zip(decoded.tokens, lengths, strict=True)
-        return [tokenizer.decode(row[:length]) for row, length in rows]
+        prompts = [
+            prompt_ids(tokenizer, episode.example(f"needle {i}"), max_length)
+            for i, episode in enumerate(episodes)
+        ]
+        return reply(
+            system, tokenizer, prompts, config,
+            seed=seed, max_length=max_length, batch_size=batch_size,
+        ).texts  # fmt: skip
 
     return answer
-
-
-def _prompt_ids(encoder: Encoder, episode: Episode) -> list[int]:
-    row = encoder.encode(episode.example("needle"))
-    if isinstance(row, str):
-        raise ValueError(
-            f"an episode of {len(episode.prompt_ids)} tokens does not fit "
-            f"max_length={encoder.config.max_length}: {row}"
-        )
-    return row.tokens[: row.prompt_length].tolist()
 
 
 def oracle(episodes: Sequence[Episode]) -> list[str]:

@@ -2,17 +2,13 @@
 
 import importlib.resources
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
-from memdlm_jax.data.tokenizer import Tokenizer
-from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.evaluation import figures
 from memdlm_jax.evaluation.statistics import Z95
 
@@ -31,8 +27,8 @@ def write(folder: str | Path, results: Mapping[str, Any]) -> Path:
         results: JSON-ready. ``title`` and ``run`` (``command``, ``config``, ``versions``,
             ``seconds`` by stage, ``notes``) are always shown; shown where present are ``needles``
             (``needles.evaluate``), ``likelihood`` (``likelihood.evaluate``), ``curves`` (run ->
-            ``figures.read_curve``), ``samples`` (``prompt``, ``replies`` by system) and
-            ``history`` (``denoising_history``).
+            ``figures.read_curve``), ``samples`` (``samples.sample_replies``) and ``history``
+            (``samples.denoising_history``).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,21 +138,3 @@ def _loss_sentence(c: Mapping[str, Any], rows: int) -> str:
         )
     word = "lower" if c["loss"] < 0 else "higher"
     return f"Held-out loss: {c['second']} is {word} than {c['first']} ({numbers})."
-
-
-def denoising_history(decoded: Decoded, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """How one row was filled, JSON-ready: text, commit step and confidence of every token."""
-    tokens, steps, confidence = (
-        np.asarray(leaf)[row] for leaf in (decoded.tokens, decoded.commit_step, decoded.confidence)
-    )
-    return {
-        "steps": int(steps.max()) + 1,
-        "tokens": [
-            {
-                "text": tokenizer.decode([token], skip_special=False),
-                "step": int(step),
-                "confidence": round(min(float(sure), 1.0), 4) if math.isfinite(sure) else 0.0,
-            }
-            for token, step, sure in zip(tokens, steps, confidence, strict=True)
-        ],
-    }

@@ -1,4 +1,4 @@
-"""The three systems under comparison, and how each answers a batch of prompts."""
+"""The three systems under comparison, and how each answers prompts."""
 
 import dataclasses
 import functools
@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdlm_jax.diffusion import decode
+from memdlm_jax.data.example import Example
+from memdlm_jax.data.sft import EncodeConfig, Encoder
+from memdlm_jax.data.tokenizer import Tokenizer
+from memdlm_jax.diffusion import decode, unmasking
 from memdlm_jax.diffusion.decode import DecodeConfig, Decoded
 from memdlm_jax.memory import fast_weights, prompt_memory
 from memdlm_jax.memory.config import MemoryConfig
@@ -46,6 +49,58 @@ def three_systems(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Replies:
+    """Answers of one system, in the order of the prompts.
+
+    Attributes:
+        texts: what stands before the first end-of-sequence token.
+        lengths: [n] tokens of each text.
+        decoded: the whole windows, numpy leaves [n, length].
+    """
+
+    texts: list[str]
+    lengths: np.ndarray
+    decoded: Decoded
+
+
+def reply(
+    system: System,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    config: DecodeConfig,
+    *,
+    seed: int,
+    max_length: int,
+    batch_size: int = 8,
+) -> Replies:
+    """Answer prompts in text; the other arguments are those of ``respond``."""
+    decoded = respond(
+        system, prompts, config, seed=seed, pad_token_id=tokenizer.pad_id, max_length=max_length,
+        batch_size=batch_size,
+    )  # fmt: skip
+    lengths = unmasking.text_lengths(decoded.tokens, tokenizer.eos_id)
+    rows = zip(decoded.tokens, lengths, strict=True)
+    return Replies([tokenizer.decode(row[:n]) for row, n in rows], lengths, decoded)
+
+
+def prompt_ids(tokenizer: Tokenizer, example: Example, max_length: int) -> list[int]:
+    """Ids of an example's prompt, encoded as in training; its response is not read.
+
+    Raises:
+        ValueError: the prompt is longer than ``max_length``, or there is none.
+    """
+    encoder = Encoder(tokenizer, EncodeConfig(max_length))
+    row = encoder.encode(dataclasses.replace(example, response="?"))
+    if isinstance(row, str):
+        raise ValueError(
+            f"the prompt of {example.group!r} does not fit max_length={max_length}: {row}"
+        )
+    if row.prompt_length == 0:
+        raise ValueError(f"the prompt of {example.group!r} is empty; it must have some text")
+    return row.tokens[: row.prompt_length].tolist()
+
+
 def respond(
     system: System,
     prompts: Sequence[Sequence[int]],
@@ -56,7 +111,7 @@ def respond(
     max_length: int,
     batch_size: int = 8,
 ) -> Decoded:
-    """Answer every prompt; compiled once for all batches.
+    """Answer every prompt; compiled once for all batches of one width.
 
     A row's answer depends on the seed, its index and its prompt, never on its neighbours.
 
@@ -82,7 +137,9 @@ def respond(
             f"the longest prompt has {longest} tokens; it must have at most {room} "
             f"(max_length={max_length} less decode.length={config.length})"
         )
-    tokens, valid = decode.pad_left(prompts, longest, pad_token_id)
+    # A multiple of 16, so that tasks of like length share a compilation.
+    width = min(room, -(-longest // 16) * 16)
+    tokens, valid = decode.pad_left(prompts, width, pad_token_id)
     n, root, parts = len(prompts), jax.random.key(seed), []
     batch_size = min(batch_size, n)
     for start in range(0, n, batch_size):

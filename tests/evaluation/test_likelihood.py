@@ -1,10 +1,12 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memdlm_jax.data.example import Example
 from memdlm_jax.data.sft import Row
 from memdlm_jax.evaluation import likelihood
 from memdlm_jax.evaluation.likelihood import LikelihoodConfig
@@ -92,4 +94,21 @@ def test_bad_input_is_named(systems, rows):
     with pytest.raises(ValueError, match=r"likelihood\.samples=0 must be at least 1"):
         LikelihoodConfig(samples=0)
     with pytest.raises(ValueError, match="two or more rows"):
-        likelihood.evaluate(systems[:1], rows[:1], CONFIG, pad_token_id=0)
+        likelihood.evaluate(systems[:1], rows[:1], CONFIG, pad_token_id=0, batch_size=3)
+
+
+def test_one_row_of_each_conversation(tokenizer):
+    def turns(group, count):
+        return [Example(f"so {i}?", "yes " * (i + 1), f"talk {group}", "x") for i in range(count)]
+
+    examples = [example for group in range(6) for example in turns(group, group + 1)]
+    examples.append(Example("short", "word " * 90, "talk 9", "x"))
+    choose = functools.partial(likelihood.held_out_rows, examples, tokenizer, max_length=64)
+    rows = choose(count=10, seed=0)
+    assert len(rows) == 6, "one of each conversation, and what does not fit is left out"
+    assert len(choose(count=3, seed=0)) == 3
+    again, other = choose(count=10, seed=0), choose(count=10, seed=1)
+    assert all((a.tokens == b.tokens).all() for a, b in zip(rows, again, strict=True))
+    assert [len(r.tokens) for r in rows] != [len(r.tokens) for r in other]
+    with pytest.raises(ValueError, match="7 groups gave 0 rows of at most max_length=8"):
+        likelihood.held_out_rows(examples, tokenizer, max_length=8, count=5, seed=0)

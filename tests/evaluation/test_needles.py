@@ -91,7 +91,7 @@ def test_systems_answer_in_text(systems, tokenizer, sentences):
     replies = needles.answerer(systems[0], tokenizer, config, max_length=160)(episodes)
     assert len(replies) == 3 and all("<|" not in reply for reply in replies)
     small = needles.answerer(systems[0], tokenizer, config, max_length=100)
-    with pytest.raises(ValueError, match="does not fit max_length=100"):
+    with pytest.raises(ValueError, match="does not fit max_length=100: prompt_too_long"):
         small(episodes)
 
 

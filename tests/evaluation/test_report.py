@@ -6,7 +6,7 @@ import pytest
 
 from memdlm_jax.data.needles import NeedleConfig
 from memdlm_jax.diffusion.decode import Decoded
-from memdlm_jax.evaluation import figures, needles, report
+from memdlm_jax.evaluation import figures, needles, report, samples
 from memdlm_jax.evaluation.needles import NeedleSuite
 
 RUN = {
@@ -40,7 +40,7 @@ def results(tokenizer, sentences):
         for s in range(1, 30)
     ]
     decoded = Decoded(np.array([[9, 8]]), np.array([[1, 0]]), np.array([[0.25, 1.0]]))
-    history = report.denoising_history(decoded, 0, tokenizer)
+    history = samples.denoising_history(decoded, 0, tokenizer)
     return {
         "title": "A test",
         "run": RUN,
@@ -49,7 +49,9 @@ def results(tokenizer, sentences):
         ),
         "likelihood": LIKELIHOOD,
         "curves": {"mdlm": curve, "memdlm": curve},
-        "samples": [{"prompt": "hi <there>", "replies": {"mdlm": "x", "memdlm": "y"}}],
+        "samples": [
+            {"prompt": "hi <there>", "response": "ho", "replies": {"mdlm": "x", "memdlm": "y"}}
+        ],
         "history": {"system": "memdlm", "prompt": "hi"} | history,
     }
 

@@ -23,7 +23,7 @@ def test_the_three_systems(systems):
 @pytest.mark.parametrize("which", [0, 2])
 def test_an_answer_does_not_depend_on_its_neighbours(systems, which):
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(5, 200, n).tolist() for n in (5, 9, 12)]
+    prompts = [rng.integers(5, 200, n).tolist() for n in (5, 9, 20)]
     together = respond(systems[which], prompts)
     assert together.tokens.shape == (3, CONFIG.length)
     others = [prompts[0], prompts[1][:3], prompts[2]]
@@ -37,7 +37,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(systems, which):
 
 
 def test_memory_changes_what_is_said(systems):
-    prompts = np.random.default_rng(1).integers(5, 200, (2, 12)).tolist()
+    prompts = np.random.default_rng(1).integers(5, 200, (2, 20)).tolist()
     _, train_only, full = systems
     without, written = respond(train_only, prompts), respond(full, prompts)
     assert np.abs(without.confidence - written.confidence).max() > 1e-3
