@@ -1,0 +1,54 @@
+"""Compare an MDLM and a MemDLM on needles and on held-out conversations.
+
+    python -m experiments.evaluate --config=experiments/configs/evaluate.py \
+        --config.mdlm=MODEL --config.memdlm=MODEL
+
+``--config.needles.enabled=False`` and ``--config.likelihood.enabled=False`` leave a part out.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    """All settings of the run; names and meaning are those of the dataclasses."""
+    config = config_dict.ConfigDict()
+    config.output = "runs/evaluate"
+    config.mdlm = ""
+    config.memdlm = ""
+    config.haystack = ""
+    config.split = "test"
+    config.seed = 0
+    config.max_length = 0
+    config.batch_size = 8
+    config.dtype = "float32"
+
+    config.memory = config_dict.ConfigDict()
+    config.memory.steps = 2
+    config.memory.learning_rate = 0.1
+    config.memory.clip_norm = 1.0
+    config.memory.pre_anchor_scale = 1.5
+    config.memory.adapter = "lora"
+    config.memory.rank = 32
+    config.memory.alpha = 64.0
+    config.memory.layer_fraction = 0.1
+    config.memory.target_modules = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+    config.memory.prompt_mask_ratio = 0.2
+
+    config.needles = config_dict.ConfigDict()
+    config.needles.enabled = True
+    config.needles.lengths = (192, 320)
+    config.needles.num_keys = (2, 4)
+    config.needles.episodes = 200
+    config.needles.seed = 0
+    config.needles.task = {"split": config.get_ref("split"), "template": "ruler", "value_digits": 3}
+
+    config.decode = {"length": 4, "block_length": 4, "steps": 4, "temperature": 0.0}
+    config.reply = {"length": 32, "block_length": 8, "steps": 32, "temperature": 0.0}
+
+    config.likelihood = config_dict.ConfigDict()
+    config.likelihood.enabled = True
+    config.likelihood.samples = 8
+    config.likelihood.seed = 0
+
+    config.held_out = {"path": "", "rows": 200, "max_length": 256, "samples": 3}
+    return config
