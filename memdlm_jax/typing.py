@@ -7,6 +7,7 @@ Shape letters, used in every annotation of the project:
 * ``n``: layers of a stack; ``s``: states of a trajectory
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -90,6 +91,6 @@ class Denoiser(Protocol):
         """Final norm and unembedding, float32 or wider, at the given positions only."""
         ...
 
-    def adaptable(self) -> dict[str, tuple[int, int, int]]:
+    def adaptable(self) -> Mapping[str, tuple[int, int, int]]:
         """Matrices that can carry fast weights: path -> (num_layers, in, out)."""
         ...

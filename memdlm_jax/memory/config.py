@@ -1,6 +1,7 @@
 """All settings of the Parametric Memory in one validated place."""
 
 import dataclasses
+import math
 from typing import Literal
 
 FFN_MODULES = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
@@ -47,7 +48,8 @@ class MemoryConfig:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
         clip_ok = self.clip_norm is None or self.clip_norm > 0
         _require(clip_ok, "clip_norm", self.clip_norm, "positive, or None for no clipping")
-        _require(self.pre_anchor_scale >= 1, "pre_anchor_scale", self.pre_anchor_scale, ">= 1")
+        scale = self.pre_anchor_scale
+        _require(1 <= scale < math.inf, "pre_anchor_scale", scale, "finite and at least 1")
         _one_of("adapter", self.adapter, ("lora", "full"))
         _require(self.rank >= 1, "rank", self.rank, "at least 1")
         _require(self.alpha > 0, "alpha", self.alpha, "positive")

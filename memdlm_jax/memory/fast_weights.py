@@ -50,8 +50,8 @@ def first_adapted_layer(num_layers: int, layer_fraction: float) -> int:
     first = int(num_layers * (1 - layer_fraction))
     if first >= num_layers:
         raise ValueError(
-            f"memory.layer_fraction={layer_fraction} adapts none of {num_layers} layers; "
-            f"it must be above {1 / num_layers:.3g}"
+            f"memory.layer_fraction={layer_fraction} adapts none of {num_layers} layers: "
+            "1 - layer_fraction rounds to 1"
         )
     return first
 
