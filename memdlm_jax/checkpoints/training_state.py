@@ -232,7 +232,8 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _describe(leaf: jax.Array) -> dict[str, Json]:
     content = _on_host(leaf)
-    digest = hashlib.sha256(np.ascontiguousarray(content).data.cast("B")).hexdigest()
+    as_bytes: Any = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
+    digest = hashlib.sha256(as_bytes).hexdigest()
     return {"shape": list(content.shape), "dtype": str(content.dtype), "sha256": digest}
 
 
