@@ -12,19 +12,19 @@ from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.memory import trajectory
 from memdlm_jax.typing import Batch
 
-LENGTH, MASK_ID = 18, 63
-PAIRS = [(m, n) for m in range(17) for n in range(m + 1)]
-"""All (maskable, masked in the anchor) with up to 16 maskable tokens."""
+LENGTH, MASK_ID = 42, 63
+PAIRS = [(m, n) for m in range(41) for n in range(m + 1)]
+"""All (maskable, masked in the anchor) with up to 40 maskable tokens."""
 
 SCALES = {
     "1": Fraction(1),
-    "1.1": Fraction(11, 10),
+    "1.16": Fraction(29, 25),  # 25 * 1.16 falls short of 29 in float64
     "1.25": Fraction(5, 4),
     "4/3": Fraction(4, 3),
     "1.5": Fraction(3, 2),
     "1.75": Fraction(7, 4),
     "2": Fraction(2),
-    "3": Fraction(3),
+    "2.1": Fraction(21, 10),  # 30 * 2.1 falls short of 63 in float32
 }
 
 
@@ -148,8 +148,8 @@ def test_a_shared_memory_is_normalised_over_all_devices():
 
 
 def test_capacity_reaches_the_targets(batch):
-    states = trajectory.inner_states(batch, [batch.maskable], MASK_ID, 15, 4)
-    assert states[0].targets.positions.shape == (4, 15)
+    states = trajectory.inner_states(batch, [batch.maskable], MASK_ID, 36, 4)
+    assert states[0].targets.positions.shape == (4, 36)
 
 
 def test_anchor_masks_each_row_at_its_own_time():
