@@ -10,7 +10,6 @@
 import dataclasses
 import importlib.metadata
 import itertools
-import logging
 import os
 import platform
 import shlex
@@ -36,8 +35,6 @@ from memdlm_jax.evaluation.needles import NeedleSuite
 from memdlm_jax.evaluation.samples import sample_replies
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory.config import MemoryConfig
-
-logger = logging.getLogger(__name__)
 
 PACKAGES = ("memdlm_jax", "jax", "jaxlib", "flax", "optax", "numpy", "chitchat-dataset")
 
@@ -146,7 +143,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         start = time.monotonic()
         results.update(compute())
         seconds[name] = time.monotonic() - start
-        logger.info("%s: %.1f s", name, seconds[name])
+        print(f"{name}: {seconds[name]:.1f} s", file=sys.stderr, flush=True)
 
     if config.needles:
         suite = config.needles
@@ -279,7 +276,7 @@ def main(config: EvaluateConfig) -> None:
     results = {"title": "Comparison of fine-tuned denoisers", "run": run} | measured
     page = report.write(config.output, results)
     print(table(results))
-    logger.info("report: %s", page)
+    print(f"report: {page}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""From the shipped denoiser to a report: fine-tune with and without memory, compare, show.
+
+    python -m experiments.quickstart --config=experiments/configs/quickstart.py
+
+Prepares the data, fine-tunes ``mdlm`` and ``memdlm`` on the same batches with the same masks, asks
+the three systems the same questions, and writes ``report.html`` and ``results.json`` to the output
+folder. Running it again takes up where it stopped: a finished stage is read back as long as its
+settings are the same, and an unfinished training resumes from its checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import importlib.resources
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+
+from experiments import _cli, evaluate, finetune
+from experiments.evaluate import EvaluateConfig
+from experiments.finetune import FinetuneConfig
+from memdlm_jax.evaluation import figures, report
+from memdlm_jax.memory.config import MemoryConfig
+
+Stage = tuple[Any, float]
+"""Result of a stage, JSON-ready, and the seconds it took."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartConfig:
+    """All settings of a run.
+
+    Attributes:
+        output: folder of the report and of everything on the way to it.
+        finetune: training with memory; without it, everything else is the same.
+        evaluate: the comparison; the model folders are those that were trained.
+    """
+
+    output: str
+    finetune: FinetuneConfig
+    evaluate: EvaluateConfig
+
+    def __post_init__(self):
+        if self.finetune.memory is None:
+            raise ValueError("finetune.memory=None must be set: one of the two runs has a memory")
+
+
+def from_config_dict(config: config_dict.ConfigDict) -> QuickstartConfig:
+    """Build the settings; ``memory`` holds for training and inference, ``model`` is the start.
+
+    Raises:
+        KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
+    """
+    settings = config.to_dict()
+    output, model, memory = (settings.pop(name) for name in ("output", "model", "memory"))
+    if not output:
+        raise ValueError("config.output='' must name a folder")
+    tuning, evaluation = settings["finetune"], evaluate.without_disabled(settings["evaluate"])
+    tuning |= {"init": model or shipped_model(), "memory": dict(memory)}
+    tuning["train"]["output"] = output
+    evaluation |= {"output": output, "memory": memory}
+    return _cli.build(QuickstartConfig, settings | {"output": output})
+
+
+def shipped_model() -> str:
+    """Folder of the denoiser that comes with the package."""
+    return str(importlib.resources.files("memdlm_jax") / "assets" / "tiny")
+
+
+def run(config: QuickstartConfig) -> Path:
+    """Do all stages that are not yet done and return the report's path."""
+    runs = {"mdlm": None, "memdlm": config.finetune.memory}
+    trained = {name: fine_tuned(config, name, memory) for name, memory in runs.items()}
+    folders = {name: folder for name, (folder, _) in trained.items()}
+    asked = dataclasses.replace(
+        config.evaluate, mdlm=str(folders["mdlm"] / "best"), memdlm=str(folders["memdlm"] / "best")
+    )
+    note = Path(config.output) / f"evaluation-{digest(dataclasses.asdict(asked))}.json"
+    measured, _ = stage(note, asked, evaluate.measure)
+    seconds = {f"fine-tuning {name}": taken for name, (_, taken) in trained.items()}
+    seconds |= measured.pop("seconds")
+    provenance = evaluate.provenance("experiments.quickstart", config, seconds)
+    results = {
+        "title": "Quickstart: MDLM and MemDLM on a small denoiser",
+        "run": provenance | {"notes": [_what_it_shows(config)]},
+        "curves": {name: figures.read_curve(f / "metrics.jsonl") for name, f in folders.items()},
+    } | measured
+    print(evaluate.table(results))
+    return report.write(config.output, results)
+
+
+def fine_tuned(
+    config: QuickstartConfig, name: str, memory: MemoryConfig | None
+) -> tuple[Path, float]:
+    """Folder of a training run, and the seconds it took; trains unless that is done."""
+    tuning = dataclasses.replace(config.finetune, memory=memory)
+    weights = hashlib.sha256((Path(tuning.init) / "model.safetensors").read_bytes()).hexdigest()
+    folder = Path(config.output) / f"{name}-{digest([dataclasses.asdict(tuning), weights])}"
+    train = dataclasses.replace(tuning.train, output=str(folder))
+    settings = dataclasses.replace(tuning, train=train)
+    _, seconds = stage(folder / "finished.json", settings, train_fully)
+    return folder, seconds
+
+
+def train_fully(config: FinetuneConfig) -> None:
+    """Fine-tune to the last step; stops the program if a signal stopped the training."""
+    result = finetune.finetune(config)
+    if not result.finished:
+        sys.exit(f"stopped after step {result.state.step}; run the same command to go on")
+
+
+def stage(path: Path, settings: Any, compute: Callable[[Any], Any]) -> Stage:
+    """Compute a stage from its settings and note it in ``path``, or read back that note."""
+    if path.exists():
+        print(f"done before: {path}", flush=True)
+    else:
+        print(f"working on {path} ...", flush=True)
+        start = time.monotonic()
+        done = {"result": compute(settings), "seconds": time.monotonic() - start}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(done))
+        temporary.replace(path)
+    stored = json.loads(path.read_text())
+    return stored["result"], stored["seconds"]
+
+
+def digest(settings: Any) -> str:
+    """Short digest of anything that JSON can hold: equal settings, equal stage."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _what_it_shows(config: QuickstartConfig) -> str:
+    steps, rows = config.finetune.train.steps, config.finetune.pipeline.rows_per_batch
+    return (
+        f"Both models took {steps} steps of {rows} rows from the same start, in the same order "
+        f"with the same masks (one training seed: {config.finetune.train.seed}). Intervals are "
+        "over questions and rows, not over training seeds. The task is RULER-style and local: "
+        "its numbers do not compare with published tables."
+    )
+
+
+def main(config: QuickstartConfig) -> None:
+    """Run from the command line."""
+    try:
+        page = run(config)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"report: {page}")
+
+
+if __name__ == "__main__":
+    _cli.run(from_config_dict, main, "experiments/configs/quickstart.py")

@@ -1,0 +1,155 @@
+import dataclasses
+import json
+
+import pytest
+
+from experiments import evaluate, finetune, generate, quickstart
+from experiments.configs import evaluate as evaluate_defaults
+from experiments.configs import generate as generate_defaults
+from experiments.configs import quickstart as quickstart_defaults
+from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.training.loop import Result
+from memdlm_jax.training.state import TrainState
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, denoiser, systems, tokenizer):
+    """A model folder."""
+    folder = tmp_path_factory.mktemp("model")
+    hugging_face.save(folder, denoiser, systems[0].theta)
+    tokenizer.save(folder / "tokenizer.json")
+    return str(folder)
+
+
+def generate_config(**settings):
+    config = generate_defaults.get_config()
+    config.update(settings)
+    return generate.from_config_dict(config)
+
+
+def test_generate_writes_one_json_line_per_prompt(model, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n{"prompt": "the bird \\u00e9"}\n')
+    decode = {"length": 4, "block_length": 4, "steps": 2, "temperature": 0.0}
+    config = generate_config(model=model, input=str(prompts), decode=decode, history=True)
+    generate.main(config)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["the cat", "the bird é"]
+    for line in lines:
+        assert line["ended"] == (line["tokens"] < 4) and line["memory"] is False
+        assert line["history"]["steps"] == 2 and len(line["history"]["tokens"]) == 4
+    generate.main(dataclasses.replace(config, output=str(tmp_path / "out.jsonl")))
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": ""}, "model='' must name a model folder"),
+        ({"prompt": ""}, "exactly one must be given"),
+        ({"input": "-"}, "exactly one must be given"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"memory": {"rank": 0}}, "memory.rank=0 must be at least 1"),
+        ({"decode": {"length": 0}}, "decode.length=0 must be at least 1"),
+    ],
+)
+def test_generate_names_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate_config(**{"model": "m", "prompt": "p"} | settings)
+
+
+def test_generate_names_bad_prompts(model, tmp_path):
+    file = tmp_path / "p.jsonl"
+    for content, message in (("", "has no prompt"), ('{"prompt": "a"}\n{"x": 1}\n', "p.jsonl:2")):
+        file.write_text(content)
+        with pytest.raises(SystemExit, match=message):
+            generate.main(generate_config(model=model, input=str(file)))
+    with pytest.raises(SystemExit, match="does not fit max_length=10"):
+        generate.main(generate_config(model=model, prompt="cat " * 50, max_length=10))
+    with pytest.raises(SystemExit, match="is missing"):
+        generate.main(generate_config(model=str(tmp_path), prompt="a"))
+
+
+def evaluate_config(output, **settings):
+    config = evaluate_defaults.get_config()
+    with config.unlocked():
+        config.update({"output": str(output)} | settings)
+    return evaluate.from_config_dict(config)
+
+
+def test_evaluate_measures_a_folder_on_own_conversations(model, tmp_path, capsys):
+    talks = tmp_path / "talks.jsonl"
+    lines = [{"prompt": f"how is cat {i}?", "response": "it sat on mats"} for i in range(300)]
+    talks.write_text("\n".join(map(json.dumps, lines)))
+    config = evaluate_config(
+        tmp_path, mdlm=model, needles={"enabled": False}, likelihood={"samples": 2},
+        held_out={"path": str(talks), "rows": 4, "max_length": 64, "samples": 2},
+        reply={"length": 4, "block_length": 4, "steps": 2},
+    )  # fmt: skip
+    evaluate.main(config)
+    shown = capsys.readouterr().out
+    assert "held-out loss  mdlm" in shown
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["likelihood"]["rows"] == 4 and len(stored["samples"]) == 2
+    assert set(stored["samples"][0]["replies"]) == {"mdlm"}
+    assert stored["run"]["config"]["held_out"]["rows"] == 4
+    assert "One denoising history" in (tmp_path / "report.html").read_text()
+
+
+def test_evaluate_names_bad_settings(model, tmp_path):
+    config = evaluate_config(tmp_path)
+    with pytest.raises(ValueError, match=r"needles\.task\.split='test' must be split='validation'"):
+        dataclasses.replace(config, split="validation")
+    with pytest.raises(ValueError, match=r"config\.held_out: rows=1 must be at least 2"):
+        evaluate_config(tmp_path, held_out={"rows": 1})
+    with pytest.raises(SystemExit, match="at least one must name a model folder"):
+        evaluate.main(config)
+
+
+@pytest.fixture
+def quick(model, tmp_path, monkeypatch):
+    """A quickstart whose two expensive stages only leave their traces; and the list of them."""
+    done = []
+
+    def train(config):
+        done.append("mdlm" if config.memory is None else "memdlm")
+        folder = tmp_path.joinpath(config.train.output)
+        folder.mkdir(parents=True)
+        line = {"step": 1, "loss/memory_on": 1.0, "loss/memory_off": 2.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return Result(TrainState(config.train.steps, None, None), None, 0.0, finished=True)
+
+    def measure(config):
+        done.append(f"{config.mdlm} {config.memdlm}")
+        return {"seconds": {"needles": 1.5}}
+
+    monkeypatch.setattr(finetune, "finetune", train)
+    monkeypatch.setattr(evaluate, "measure", measure)
+    config = quickstart_defaults.get_config()
+    config.update({"model": model, "output": str(tmp_path / "quick")})
+    return config, done
+
+
+def test_quickstart_does_each_stage_once(quick, tmp_path):
+    config, done = quick
+    for _ in range(2):
+        page = quickstart.run(quickstart.from_config_dict(config))
+    assert done[:2] == ["mdlm", "memdlm"] and len(done) == 3
+    assert "quick/mdlm-" in done[2] and "quick/memdlm-" in done[2]
+    stored = json.loads(page.with_name("results.json").read_text())
+    assert set(stored["curves"]) == {"mdlm", "memdlm"}
+    assert set(stored["run"]["seconds"]) == {"fine-tuning mdlm", "fine-tuning memdlm", "needles"}
+    config.finetune.train.steps = 7
+    quickstart.run(quickstart.from_config_dict(config))
+    assert done[3:5] == ["mdlm", "memdlm"] and len(done) == 6, "other settings, other stages"
+
+
+def test_quickstart_settings(quick):
+    config, _ = quick
+    built = quickstart.from_config_dict(config)
+    assert built.finetune.memory == built.evaluate.memory
+    config.model = ""
+    assert quickstart.from_config_dict(config).finetune.init.endswith("assets/tiny")
+    config.output = ""
+    with pytest.raises(ValueError, match=r"config\.output='' must name a folder"):
+        quickstart.from_config_dict(config)
