@@ -37,6 +37,8 @@ def run(
         if len(arguments) > 1:
             raise app.UsageError(f"unknown arguments {arguments[1:]}: options start with --config.")
         if profile.value:
+            if "train" not in config.value:
+                raise app.UsageError("--profile is for scripts that train")
             config.value.train.profile_steps = profile.value
         try:
             settings = parse(config.value)
@@ -46,7 +48,14 @@ def run(
 
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("memdlm_jax").setLevel(logging.INFO)
-    app.run(start)
+    app.run(start, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError) as error:  # config_flags on a field that is not there
+        sys.exit(f"error: the config file has no field {error}")
 
 
 def build(kind: type[T], settings: Mapping[str, Any], path: str = "config") -> T:

@@ -1,6 +1,5 @@
 """The training state on disk: what comes back is what was written, or an error says why not."""
 
-import os
 import signal
 import subprocess
 import sys

@@ -6,7 +6,8 @@ import sys
 
 
 def test_two_devices_take_the_same_step_as_one(environment):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    two = "--xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {two}"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.two_devices", "example"],
         env=os.environ | environment | flags, capture_output=True, timeout=300,

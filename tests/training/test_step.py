@@ -65,7 +65,7 @@ def test_the_loss_is_the_sum_over_all_maskable_tokens_of_the_batch():
 
 @pytest.mark.parametrize("kind", [None, "first_order", "trunk_stopped", "exact"])
 def test_learns_one_batch_by_heart(kind):
-    memory = None if kind is None else dataclasses.replace(tiny.MEMORY, meta_gradient=kind)
+    memory = kind and dataclasses.replace(tiny.MEMORY, meta_gradient=kind)
     take = compiled(tiny.setup(memory, corrupt=tiny.corrupt))
     state, losses = tiny.fresh_state(), []
     for i in range(12):

@@ -17,7 +17,7 @@ from memdlm_jax.typing import Batch
 DENOISER = LLaDA(LLaDAConfig(40, 16, 2, 2, 1, 32, mask_token_id=39, max_length=32))
 MEMORY = MemoryConfig(layer_fraction=0.5, rank=2, alpha=4.0)
 # Nothing of this memory depends on where a row stands: no random A, no extra positions.
-STEADY_MEMORY = dataclasses.replace(MEMORY, adapter="full", pre_anchor_scale=1.0)
+STEADY_MEMORY = dataclasses.replace(MEMORY, adapter="full", pre_anchor_scale=1.0, steps=1)
 OPTIMIZER = optimizer.OptimizerConfig(total_steps=12, learning_rate=3e-3)
 
 

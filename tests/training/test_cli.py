@@ -1,0 +1,115 @@
+"""Configs: every mistake is named by its dotted path."""
+
+import dataclasses
+from typing import Any, Literal
+
+import pytest
+from ml_collections import config_dict
+
+from experiments import _cli, finetune
+from experiments.configs import finetune_needles
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float
+    kind: Literal["a", "b"] = "a"
+    bound: float | None = 1.0
+
+    def __post_init__(self):
+        if self.rate <= 0:
+            raise ValueError(f"rate={self.rate} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    name: str
+    inner: Inner
+    sizes: tuple[int, ...] = (1, 2)
+    pair: tuple[str, float] = ("x", 1.0)
+    many: tuple[Inner, ...] = ()
+    flag: bool = False
+    note: Any = None
+
+
+def settings(**changes):
+    return config_dict.ConfigDict({"name": "n", "inner": {"rate": 0.5}} | changes)
+
+
+def test_nested_settings_become_nested_dataclasses():
+    built = _cli.build(
+        Outer,
+        settings(sizes=[3, 4], many=({"rate": 1}, {"rate": 2.0, "bound": None}), note={"a": 1}),
+    )
+    assert built.inner == Inner(0.5) and built.sizes == (3, 4)
+    assert built.many == (Inner(1.0), Inner(2.0, bound=None))
+    assert type(built.many[0].rate) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"nam": "x"}, KeyError, r"config\.nam is no field of Outer; did you mean 'name'\?"),
+        ({"zzz": "x"}, KeyError, r"config\.zzz is no field of Outer; known are \['flag'"),
+        ({"inner": {}}, KeyError, r"config\.inner\.rate is missing; Inner needs it"),
+        ({"inner": {"rate": "1"}}, TypeError, r"config\.inner\.rate='1' is str, must be float"),
+        ({"inner": {"rate": True}}, TypeError, r"config\.inner\.rate=True is bool, must be float"),
+        ({"inner": {"rate": 1.0, "kind": "c"}}, ValueError, r"inner\.kind='c' must be one of 'a'"),
+        ({"inner": {"rate": -1.0}}, ValueError, r"config\.inner: rate=-1\.0 must be positive"),
+        ({"inner": {"rate": 1.0, "bound": "x"}}, TypeError, r"config\.inner\.bound='x' is str"),
+        ({"inner": 3}, TypeError, r"config\.inner=3 is int, must be Inner"),
+        ({"name": 3}, TypeError, r"config\.name=3 is int, must be str"),
+        ({"flag": 1}, TypeError, r"config\.flag=1 is int, must be bool"),
+        ({"sizes": (1, 2.5)}, TypeError, r"config\.sizes\[1\]=2\.5 is float, must be int"),
+        ({"sizes": 3}, TypeError, r"config\.sizes=3 is int, must be a tuple"),
+        ({"pair": ("x",)}, TypeError, r"config\.pair=.* has 1 values, must have 2"),
+        ({"many": ({"rat": 1.0},)}, KeyError, r"config\.many\[0\]\.rat is no field"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_named_by_dotted_path(change, error, message):
+    with pytest.raises(error, match=message):
+        _cli.build(Outer, settings(**change))
+
+
+def test_a_missing_field_at_the_top_is_named():
+    with pytest.raises(KeyError, match=r"config\.name is missing; Outer needs it"):
+        _cli.build(Outer, {"inner": {"rate": 1.0}})
+
+
+def needles(**overrides):
+    config = finetune_needles.get_config()
+    config.update_from_flattened_dict({"init": "model", "train.output": "out"} | overrides)
+    return config
+
+
+def test_the_shipped_config_builds_with_and_without_memory():
+    config = finetune.from_config_dict(needles())
+    assert config.memory is not None and config.optimizer.total_steps == config.train.steps
+    plain = finetune.from_config_dict(needles(**{"memory.enabled": False}))
+    assert dataclasses.replace(plain, memory=config.memory) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"init": ""}, "init='' must name a model folder"),
+        ({"train.output": ""}, r"train\.output='' must name a folder"),
+        ({"memory.rank": 0}, r"memory\.rank=0 must be at least 1"),
+        ({"memory.enabled": False, "memory.adapter": "lor"}, r"memory\.adapter='lor' must be"),
+        ({"optimizer.accumulation": 0}, r"optimizer\.accumulation=0 must be at least 1"),
+        ({"schedule.minimum_time": 2.0}, r"minimum_time=2\.0 must lie in"),
+        ({"pipeline.buckets": (256, 128)}, r"buckets=\(256, 128\) must be ascending"),
+        ({"validation_batches": -1}, "validation_batches=-1 must be at least 0"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_fine_tuning_config_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        finetune.from_config_dict(needles(**overrides))
+
+
+def test_steps_given_on_the_command_line_reach_the_schedule():
+    config = needles()
+    config.train.steps = 7
+    assert finetune.from_config_dict(config).optimizer.total_steps == 7
