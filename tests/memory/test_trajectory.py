@@ -24,7 +24,6 @@ SCALES = {
     "1.5": Fraction(3, 2),
     "1.75": Fraction(7, 4),
     "2": Fraction(2),
-    "2.1": Fraction(21, 10),  # 30 * 2.1 falls short of 63 in float32
 }
 
 
