@@ -1,16 +1,38 @@
-"""The shipped denoiser: 1.5 M parameters, context 512, pretrained on two CPU cores.
+"""The shipped denoiser: 1.5 M parameters, context 512, pretrained on two CPU cores in two stages.
+
+Retrieval first, then running text with a quarter of needle questions and a falling learning rate:
 
     python -m experiments.pretrain --config=experiments/configs/tiny_pretrain.py
+    python -m experiments.pretrain --config=experiments/configs/tiny_pretrain.py:text
 
-Running the command again resumes. The result of the shipped weights, with command, seconds, tokens
-and seed, stands in memdlm_jax/assets/tiny/README.md.
+Running a command again resumes it. The result of the shipped weights, with seconds, tokens and
+seed, stands in memdlm_jax/assets/tiny/README.md.
 """
 
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    """Settings of the run; the sections are fields of ``experiments.pretrain.PretrainConfig``."""
+def get_config(stage: str = "retrieval") -> ConfigDict:
+    """Settings of a stage; the sections are fields of ``experiments.pretrain.PretrainConfig``."""
+    if stage not in ("retrieval", "text"):
+        raise ValueError(f"stage {stage!r} must be 'retrieval' or 'text'")
+    config = _retrieval()
+    if stage == "text":
+        config.start = "runs/pretrain/model"
+        config.tokenizer = "runs/pretrain/tokenizer.json"
+        config.train.output = "runs/pretrain_text"
+        config.train.steps = 2000
+        config.data.needle_share = 0.25
+        config.data.needle_only_batches = 0
+        config.data.seed = 1
+        config.optimizer.learning_rate = 1.5e-3
+        config.optimizer.warmup_fraction = 0.02
+        config.optimizer.schedule = "cosine"
+        config.optimizer.total_steps = 2000
+    return config
+
+
+def _retrieval() -> ConfigDict:
     config = ConfigDict()
     config.start = ""
     config.tokenizer = ""
@@ -56,7 +78,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict(
         {
             "output": "runs/pretrain",
-            "steps": 60_000,
+            "steps": 1000,
             "seed": 0,
             "log_every": 50,
             "validate_every": 500,
