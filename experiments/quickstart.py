@@ -11,6 +11,7 @@ settings are the same, and an unfinished training resumes from its checkpoint.
 import dataclasses
 import hashlib
 import importlib.resources
+import itertools
 import json
 import sys
 import time
@@ -23,6 +24,8 @@ from ml_collections import config_dict
 from experiments import _cli, evaluate, finetune
 from experiments.evaluate import EvaluateConfig
 from experiments.finetune import FinetuneConfig
+from memdlm_jax.data import sources
+from memdlm_jax.data.prepare import SourceConfig
 from memdlm_jax.evaluation import figures, report
 from memdlm_jax.memory.config import MemoryConfig
 
@@ -36,15 +39,20 @@ class QuickstartConfig:
 
     Attributes:
         output: folder of the report and of everything on the way to it.
-        finetune: training with memory; without it, everything else is the same.
+        finetune: training with memory; without it, everything else is the same. Its data are
+            ``conversations`` conversations of the chitchat corpus beside the configured sources.
         evaluate: the comparison; the model folders are those that were trained.
+        conversations: how many.
     """
 
     output: str
     finetune: FinetuneConfig
     evaluate: EvaluateConfig
+    conversations: int
 
     def __post_init__(self):
+        if self.conversations < 1:
+            raise ValueError(f"conversations={self.conversations} must be at least 1")
         if self.finetune.memory is None:
             raise ValueError("finetune.memory=None must be set: one of the two runs has a memory")
 
@@ -73,6 +81,7 @@ def shipped_model() -> str:
 
 def run(config: QuickstartConfig) -> Path:
     """Do all stages that are not yet done and return the report's path."""
+    config = with_conversations(config)
     runs = {"mdlm": None, "memdlm": config.finetune.memory}
     trained = {name: fine_tuned(config, name, memory) for name, memory in runs.items()}
     folders = {name: folder for name, (folder, _) in trained.items()}
@@ -91,6 +100,29 @@ def run(config: QuickstartConfig) -> Path:
     } | measured
     print(evaluate.table(results))
     return report.write(config.output, results)
+
+
+def with_conversations(config: QuickstartConfig) -> QuickstartConfig:
+    """Write the first conversations of the corpus as JSON lines and add them to the sources."""
+    folder = Path(config.finetune.data.directory)
+    path = folder / f"conversations-{config.conversations}.jsonl"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        talks = itertools.islice(sources.chitchat_turns(), config.conversations)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(_as_messages(*talk)) + "\n" for talk in talks))
+        unfinished.replace(path)
+    added = SourceConfig("jsonl", path=str(path))
+    data = dataclasses.replace(config.finetune.data, sources=(*config.finetune.data.sources, added))
+    tuning = dataclasses.replace(config.finetune, data=data)
+    return dataclasses.replace(config, finetune=tuning)
+
+
+def _as_messages(group: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """A conversation whose last speaker is the assistant; its group keeps its split."""
+    roles = {True: "assistant", False: "user"}
+    messages = [{"role": roles[who == turns[-1][0]], "content": text} for who, text in turns]
+    return {"messages": messages, "group": group}
 
 
 def fine_tuned(

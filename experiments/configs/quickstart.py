@@ -15,6 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.output = "runs/quickstart"
     config.model = ""
+    config.conversations = 800
 
     config.memory = finetune_needles.get_config().memory
     del config.memory["enabled"]
@@ -25,7 +26,7 @@ def get_config() -> config_dict.ConfigDict:
     for filled in ("init", "memory"):
         del config.finetune[filled]
     config.finetune.data.directory = "runs/quickstart/data"
-    config.finetune.data.encode = {"max_length": 320, "long_prompt": "drop"}
+    config.finetune.data.encode = {"max_length": 320, "long_prompt": "truncate_left"}
     config.finetune.data.sources = (
         {
             "kind": "needles",
@@ -34,17 +35,17 @@ def get_config() -> config_dict.ConfigDict:
         },
         {
             "kind": "needles",
-            "needles": {"length": 320, "num_keys": 4},
+            "needles": {"length": 320, "num_keys": 8},
             "episodes": (2000, 100, 0),
         },
     )
     config.finetune.pipeline.buckets = (192, 320)
     config.finetune.pipeline.rows_per_batch = 12
     config.finetune.validation_batches = 8
-    config.finetune.train.steps = 150
+    config.finetune.train.steps = 180
     config.finetune.train.log_every = 5
-    config.finetune.train.validate_every = 25
-    config.finetune.train.save_every = 50
+    config.finetune.train.validate_every = 30
+    config.finetune.train.save_every = 60
     config.finetune.optimizer.learning_rate = 3e-4
 
     config.evaluate = evaluate.get_config()
@@ -53,4 +54,6 @@ def get_config() -> config_dict.ConfigDict:
     config.evaluate.needles.lengths = (192, 320)
     config.evaluate.needles.num_keys = (4,)
     config.evaluate.needles.episodes = 200
+    config.evaluate.likelihood.samples = 4
+    config.evaluate.held_out.rows = 150
     return config

@@ -8,6 +8,7 @@ from experiments.configs import evaluate as evaluate_defaults
 from experiments.configs import generate as generate_defaults
 from experiments.configs import quickstart as quickstart_defaults
 from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.data import sources
 from memdlm_jax.training.loop import Result
 from memdlm_jax.training.state import TrainState
 
@@ -126,7 +127,10 @@ def quick(model, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "finetune", train)
     monkeypatch.setattr(evaluate, "measure", measure)
     config = quickstart_defaults.get_config()
-    config.update({"model": model, "output": str(tmp_path / "quick")})
+    config.update({"model": model, "output": str(tmp_path / "quick"), "conversations": 2})
+    config.finetune.data.directory = str(tmp_path / "data")
+    talks = [(f"talk {i}", [("a", "hi"), ("b", "ho"), ("a", "so")]) for i in range(3)]
+    monkeypatch.setattr(sources, "chitchat_turns", lambda: iter(talks))
     return config, done
 
 
@@ -137,6 +141,9 @@ def test_quickstart_does_each_stage_once(quick, tmp_path):
     assert done[:2] == ["mdlm", "memdlm"] and len(done) == 3
     assert "quick/mdlm-" in done[2] and "quick/memdlm-" in done[2]
     stored = json.loads(page.with_name("results.json").read_text())
+    talk = json.loads((tmp_path / "data/conversations-2.jsonl").read_text().splitlines()[1])
+    assert [m["role"] for m in talk["messages"]] == ["assistant", "user", "assistant"]
+    assert talk["group"] == "talk 1"
     assert set(stored["curves"]) == {"mdlm", "memdlm"}
     assert set(stored["run"]["seconds"]) == {"fine-tuning mdlm", "fine-tuning memdlm", "needles"}
     config.finetune.train.steps = 7
