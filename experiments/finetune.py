@@ -13,7 +13,7 @@ import hashlib
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import config_dict
 
@@ -46,7 +46,7 @@ class FinetuneConfig:
         train: the loop.
         memory: the Parametric Memory, ``None`` for a plain MDLM.
         schedule: masking of the outer loss.
-        dtype: of parameters and activations, ``float32`` or ``bfloat16``.
+        dtype: of the activations, ``float32`` or ``bfloat16``; parameters are always float32.
         remat: recompute activations in the backward pass, layer by layer.
         validation_batches: batches of the validation split to score.
     """
@@ -58,7 +58,7 @@ class FinetuneConfig:
     train: TrainConfig
     memory: MemoryConfig | None
     schedule: LinearSchedule
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     validation_batches: int = 16
 
@@ -92,8 +92,9 @@ def from_config_dict(config: config_dict.ConfigDict) -> FinetuneConfig:
 
 def finetune(config: FinetuneConfig) -> Result:
     """Train, resuming what is there, and export the best weights if the run came to its end."""
-    denoiser, theta = hugging_face.load(config.init, config.dtype)
-    denoiser = LLaDA(dataclasses.replace(denoiser.config, remat=config.remat))
+    denoiser, theta = hugging_face.load(config.init)
+    model = dataclasses.replace(denoiser.config, dtype=config.dtype, remat=config.remat)
+    denoiser = LLaDA(model)
     prepared = prepared_for(config, denoiser)
     train = make_pipeline(prepared, "train", config.pipeline)
     validation = validation_batches(prepared, config)

@@ -19,9 +19,7 @@ class MetricsWriter:
         self.path = folder / "metrics.jsonl"
         cut_after(self.path, step)
         self._file = self.path.open("a")
-        self._board = tensorboardX.SummaryWriter(
-            str(folder / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line and its curves; values that are not finite become null in JSON."""

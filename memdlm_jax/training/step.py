@@ -1,6 +1,8 @@
 """One optimiser step and one validation step: pure functions for ``jit`` and ``pmap`` alike."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -123,24 +125,29 @@ def gradient_sums(
     The gradient is accumulated in float32 or wider; micro-batches are consecutive rows and draw
     from keys of their own.
     """
+
+    def one(batch, key):
+        return _one_gradient(setup, theta, batch, key, report)
+
+    return _over_micro_batches(setup, one, batch, key)
+
+
+def _over_micro_batches(setup: StepSetup, one: Callable[[Batch, Key], Any], batch: Batch, key: Key):
+    """Sum of ``one`` over the micro-batches, one after the other."""
     parts = setup.optimizer.accumulation
     if parts == 1:
-        return _one_gradient(setup, theta, batch, key, report)
+        return one(batch, key)
     rows = batch.tokens.shape[0]
     if rows % parts:
         raise ValueError(
             f"optimizer.accumulation={parts} must divide the {rows} rows of a device's batch"
         )
-    micro = fast_weights.group_rows(batch, parts)
-
-    def one(inputs):
-        return _one_gradient(setup, theta, *inputs, report)
+    inputs = (fast_weights.group_rows(batch, parts), jax.random.split(key, parts))
 
     def add(total, inputs):
-        return jax.tree.map(jnp.add, total, one(inputs)), None
+        return jax.tree.map(jnp.add, total, one(*inputs)), None
 
-    inputs = (micro, jax.random.split(key, parts))
-    shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], inputs))
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], inputs))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zeros, inputs)[0]
 
@@ -209,9 +216,14 @@ def eval_step(theta: Theta, batch: Batch, key: Key, *, setup: StepSetup) -> Sums
     """Sums of the memory-on and memory-off losses on one validation batch.
 
     Times are drawn with low discrepancy whatever the training schedule: the expectation is the
-    same, its variance smaller. Add the results of several batches with fixed keys, then divide by
-    ``maskable``.
+    same, its variance smaller. Micro-batches are those of training. Add the results of several
+    batches with fixed keys, then divide by ``maskable``.
     """
     schedule = dataclasses.replace(setup.schedule, sampling="low_discrepancy")
-    _, sums = _outer_loss(dataclasses.replace(setup, schedule=schedule), theta, batch, key, True)
+    setup = dataclasses.replace(setup, schedule=schedule)
+
+    def one(batch, key):
+        return _outer_loss(setup, theta, batch, key, True)[1]
+
+    sums = _over_micro_batches(setup, one, batch, key)
     return sums if setup.axis_name is None else jax.lax.psum(sums, setup.axis_name)

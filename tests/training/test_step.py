@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memdlm_jax.memory import meta_gradient
-from memdlm_jax.training import optimizer, step
+from memdlm_jax.training import optimizer, state, step
 from tests.training import tiny
 
 KEY = jax.random.key(7)
@@ -112,6 +112,21 @@ def test_rows_that_cannot_be_cut_into_micro_batches_are_refused():
     setup = dataclasses.replace(tiny.setup(), optimizer=config)
     with pytest.raises(ValueError, match="accumulation=3 must divide the 4 rows"):
         step.gradient_sums(setup, tiny.fresh_state().theta, tiny.batch(), KEY, True)
+
+
+def test_narrow_parameters_are_refused():
+    theta = tiny.fresh_state().theta
+    theta["final_norm"] = {"scale": theta["final_norm"]["scale"].astype(jnp.bfloat16)}
+    with pytest.raises(ValueError, match=r"theta/final_norm/scale is bfloat16, must be float32"):
+        state.create(theta, tiny.OPTIMIZER)
+
+
+def test_validation_does_not_depend_on_the_micro_batches():
+    theta = tiny.fresh_state().theta
+    config = dataclasses.replace(tiny.OPTIMIZER, accumulation=2)
+    whole = tiny.setup(corrupt=tiny.corrupt)
+    cut = dataclasses.replace(whole, optimizer=config)
+    assert_close(*(step.eval_step(theta, tiny.batch(), KEY, setup=setup) for setup in (cut, whole)))
 
 
 def test_one_memory_cannot_span_micro_batches():
