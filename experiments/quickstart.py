@@ -108,7 +108,8 @@ def with_conversations(config: QuickstartConfig) -> QuickstartConfig:
     path = folder / f"conversations-{config.conversations}.jsonl"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        talks = itertools.islice(sources.chitchat_turns(), config.conversations)
+        answered = (talk for talk in sources.chitchat_turns() if len(talk[1]) > 1)
+        talks = itertools.islice(answered, config.conversations)
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text("".join(json.dumps(_as_messages(*talk)) + "\n" for talk in talks))
         unfinished.replace(path)
