@@ -47,7 +47,8 @@ def run(
         main(settings)
 
     absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("memdlm_jax").setLevel(logging.INFO)
+    for name in ("memdlm_jax", "experiments", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
     app.run(start, flags_parser=_parse_flags)
 
 

@@ -21,7 +21,7 @@ def get_config() -> config_dict.ConfigDict:
     config.validation_batches = 16
 
     config.data = config_dict.ConfigDict()
-    config.data.directory = "data"
+    config.data.directory = "cache/data"
     config.data.seed = 0
     config.data.encode = {"max_length": 256, "long_prompt": "truncate_left"}
     config.data.sources = (

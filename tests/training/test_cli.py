@@ -7,7 +7,7 @@ import pytest
 from ml_collections import config_dict
 
 from experiments import _cli, finetune
-from experiments.configs import finetune_needles
+from experiments.configs import finetune_jsonl, finetune_needles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,13 @@ def test_the_shipped_config_builds_with_and_without_memory():
     assert config.memory is not None and config.optimizer.total_steps == config.train.steps
     plain = finetune.from_config_dict(needles(**{"memory.enabled": False}))
     assert dataclasses.replace(plain, memory=config.memory) == config
+
+
+def test_the_config_for_own_examples_builds():
+    config = finetune_jsonl.get_config("own.jsonl")
+    config.update_from_flattened_dict({"init": "model", "train.output": "out"})
+    built = finetune.from_config_dict(config)
+    assert built.data.sources[0].path == "own.jsonl" and built.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
