@@ -226,7 +226,8 @@ def _memory_off(denoiser, theta, hidden, valid, anchor, split, wanted):
 
     if isinstance(wanted, bool):
         return compute() if wanted else jnp.nan
-    return jax.lax.cond(wanted, compute, lambda: jnp.full((), jnp.nan, hidden.dtype))
+    unknown = jnp.full((), jnp.nan, jax.eval_shape(compute).dtype)
+    return jax.lax.cond(wanted, compute, lambda: unknown)
 
 
 def plain_loss(

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 
+import pytest
 
-def test_two_devices_take_the_same_step_as_one(environment):
+
+@pytest.mark.parametrize("scope", ["example", "global"])
+def test_two_devices_take_the_same_step_as_one(environment, scope):
     two = "--xla_force_host_platform_device_count=2"
     flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {two}"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.two_devices", "example"],
+        [sys.executable, "-m", "tests.training.two_devices", scope],
         env=os.environ | environment | flags, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()

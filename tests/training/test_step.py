@@ -114,6 +114,18 @@ def test_rows_that_cannot_be_cut_into_micro_batches_are_refused():
         step.gradient_sums(setup, tiny.fresh_state().theta, tiny.batch(), KEY, True)
 
 
+@pytest.mark.parametrize("memory", [None, tiny.MEMORY], ids=["mdlm", "memdlm"])
+def test_narrow_activations_leave_parameters_and_losses_wide(memory):
+    narrow = dataclasses.replace(tiny.DENOISER.config, dtype="bfloat16", remat=True)
+    config = dataclasses.replace(tiny.OPTIMIZER, accumulation=2)
+    setup = step.StepSetup(type(tiny.DENOISER)(narrow), config, memory)
+    take = functools.partial(step.train_step, setup=setup)
+    before = tiny.fresh_state()
+    after, metrics = jax.eval_shape(take, before, tiny.batch(), KEY, jnp.bool_(True))
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)
+    assert metrics["loss/memory_on"].dtype == metrics["loss/memory_off"].dtype == jnp.float32
+
+
 def test_narrow_parameters_are_refused():
     theta = tiny.fresh_state().theta
     theta["final_norm"] = {"scale": theta["final_norm"]["scale"].astype(jnp.bfloat16)}

@@ -1,5 +1,6 @@
 """Run by ``test_parallel`` on two simulated devices: the same batch under ``pmap`` and ``jit``."""
 
+import dataclasses
 import functools
 import sys
 
@@ -11,9 +12,8 @@ from memdlm_jax.training.parallel import CompiledSteps
 from tests.training import tiny
 
 MEMORIES = {
-    "mdlm": None,
     "example": tiny.STEADY_MEMORY,
-    "global": tiny.dataclasses.replace(tiny.STEADY_MEMORY, scope="global"),
+    "global": dataclasses.replace(tiny.STEADY_MEMORY, scope="global", meta_gradient="exact"),
 }
 
 
