@@ -6,12 +6,13 @@ Batch ``step`` is a pure function of (config, step), so the data position is the
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 import numpy as np
 
 from memdlm_jax.data import sources
 from memdlm_jax.data.filler import Filler
-from memdlm_jax.data.needles import NeedleConfig, NeedleTask, wording
+from memdlm_jax.data.needles import NeedleConfig, NeedleTask, Template, wording
 from memdlm_jax.data.sft import EncodeConfig, Encoder, Row
 from memdlm_jax.data.text import Split, check_at_least
 from memdlm_jax.data.tokenizer import Tokenizer
@@ -60,8 +61,11 @@ class PretrainingConfig:
             )
         if not 0 <= self.needle_share <= 1:
             raise ValueError(f"needle_share={self.needle_share} must lie in [0, 1]")
-        if self.needle_share and not self.needle_lengths:
-            raise ValueError("needle_lengths is empty, but needle_share is above 0")
+        if (self.needle_share or self.needle_only_batches) and not self.needle_lengths:
+            raise ValueError(
+                f"needle_lengths is empty, but needle_share={self.needle_share} and "
+                f"needle_only_batches={self.needle_only_batches} ask for needle batches"
+            )
         if self.needle_lengths and self.needle_tokens < max(self.needle_lengths):
             raise ValueError(
                 f"needle_tokens={self.needle_tokens} must be at least the longest of "
@@ -90,12 +94,12 @@ class PretrainingMix:
             split: whose key words the needles use.
 
         Raises:
-            ValueError: if the stream is shorter than a row, or a needle length too short.
+            ValueError: if the stream is not longer than a row, or a needle length too short.
         """
         if len(stream) <= config.text_length:
             raise ValueError(
-                f"the text has {len(stream)} tokens, fewer than one row of text_length="
-                f"{config.text_length}"
+                f"the text has {len(stream)} tokens, it must be longer than one row of "
+                f"text_length={config.text_length}"
             )
         self.config, self.split = config, split
         self._tokenizer, self._stream = tokenizer, stream
@@ -134,13 +138,14 @@ class PretrainingMix:
         c = self.config
         starts = rng.integers(0, len(self._stream) - c.text_length, c.text_rows)
         tokens = self._stream[starts[:, None] + np.arange(c.text_length)]
-        full = np.ones(tokens.shape, bool)
+        full: Any = np.ones(tokens.shape, bool)
         return Batch(tokens.astype(np.int32), full, full)
 
     def _needle_batch(self, rng: np.random.Generator, length: int, step: int) -> Batch:
         rows = self.config.needle_tokens // length
-        tokens = np.full((rows, length), self._tokenizer.pad_id, np.int32)
-        maskable, valid = np.zeros((2, rows, length), bool)
+        tokens: Any = np.full((rows, length), self._tokenizer.pad_id, np.int32)
+        maskable: Any = np.zeros((rows, length), bool)
+        valid: Any = np.zeros((rows, length), bool)
         for i in range(rows):
             task = self._tasks[length][rng.integers(len(self._tasks[length]))]
             row = self._needle_row(task, step * rows + i)
@@ -156,6 +161,9 @@ class PretrainingMix:
         row = self._encoder.encode(episode.example("needles"))
         if isinstance(row, str):
             raise ValueError(f"a needle row of length={task.config.length} was dropped: {row}")
+        slots = len(row.tokens) - row.prompt_length + MOST_EXTRA_EOS
+        if slots > ANSWER_SLOTS:
+            raise ValueError(f"a needle answer needs {slots} target slots of {ANSWER_SLOTS}")
         return row
 
 
@@ -163,7 +171,7 @@ def _tasks(
     length: int, max_keys: int, tokenizer: Tokenizer, filler: Filler, split: Split
 ) -> list[NeedleTask]:
     """Every combination of keys, words and wording that fits the length."""
-    choices = itertools.product(range(1, max_keys + 1), (1, 2), ("ruler", "short"))
+    choices = itertools.product(range(1, max_keys + 1), (1, 2), get_args(Template))
     tasks, problem = [], ""
     for keys, words, template in choices:
         row = length - MOST_EXTRA_EOS

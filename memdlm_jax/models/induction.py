@@ -13,6 +13,7 @@ what the positional heads write, the rest hold the token's content.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -56,18 +57,24 @@ class InductionInit:
 
     def check(self, config: LLaDAConfig) -> None:
         """Raise ValueError, naming the field, if this does not fit a model of that size."""
-        layers = (self.positional_layer, *self.matching_layers)
-        if max(layers) >= config.num_layers or self.positional_layer >= min(self.matching_layers):
+        first = min(self.matching_layers, default=0)
+        if not 0 <= self.positional_layer < first <= max(self.matching_layers) < config.num_layers:
             raise ValueError(
                 f"init.matching_layers={self.matching_layers} must lie after positional_layer="
                 f"{self.positional_layer} and below num_layers={config.num_layers}"
             )
         if not config.tied or config.num_kv_heads != config.num_heads:
             raise ValueError("the induction init needs a tied model with num_kv_heads == num_heads")
-        if not 0 < self.written_channels < config.width - 2 - config.num_heads:
+        content = config.width - 2 - self.written_channels
+        if not 1 <= self.written_channels // config.num_heads <= content > config.num_heads:
             raise ValueError(
-                f"init.written_channels={self.written_channels} must leave room in width="
-                f"{config.width}"
+                f"init.written_channels={self.written_channels} must hold num_heads="
+                f"{config.num_heads} and leave room for the content in width={config.width}"
+            )
+        if not len(_stable_frequencies(config)):
+            raise ValueError(
+                f"width={config.width} over num_heads={config.num_heads} leaves no rotary channel "
+                "that turns slowly enough to compare content; use fewer heads"
             )
 
 
@@ -78,7 +85,8 @@ def init(key: Key, denoiser: LLaDA, settings: InductionInit) -> Theta:
         ValueError: if the settings do not fit the model.
     """
     settings.check(denoiser.config)
-    theta = _as_numpy(denoiser.init(key))
+    plain = denoiser.init(key)
+    theta = jax.tree.map(lambda leaf: np.array(leaf, np.float64), plain)
     rng = np.random.default_rng(np.asarray(theta["embedding"][0]).view(np.uint32))
     maps = _Maps(denoiser.config, settings, rng)
     attention = {name: m["kernel"] for name, m in theta["layers"]["attention"].items()}
@@ -94,7 +102,18 @@ def init(key: Key, denoiser: LLaDA, settings: InductionInit) -> Theta:
         basis = maps.orthogonal(maps.content_size)
         for head in heads:
             maps.add_matching_head(attention, layer, head, basis)
-    return _as_jax(theta)
+    return jax.tree.map(lambda new, leaf: jnp.asarray(new, leaf.dtype), theta, plain)
+
+
+def _frequencies(config: LLaDAConfig) -> np.ndarray:
+    """Rotary frequencies of a head, in radians per token."""
+    half = config.width // config.num_heads // 2
+    return config.rope_theta ** (-np.arange(half) / half)
+
+
+def _stable_frequencies(config: LLaDAConfig) -> np.ndarray:
+    """Indices of those that hardly turn within 256 tokens: there a dot product is content alone."""
+    return np.flatnonzero(_frequencies(config) * 256 < 1.5)
 
 
 class _Maps:
@@ -103,11 +122,9 @@ class _Maps:
     def __init__(self, config: LLaDAConfig, settings: InductionInit, rng: np.random.Generator):
         self.config, self.settings, self.rng = config, settings, rng
         self.head_dim = config.width // config.num_heads
-        half = self.head_dim // 2
-        self.frequencies = config.rope_theta ** (-np.arange(half) / half)
-        # Rotary channels that hardly turn within 256 tokens: there a dot product is content alone.
-        stable = np.flatnonzero(self.frequencies * 256 < 1.5)
-        self.stable = np.concatenate([stable, stable + half])
+        self.frequencies = _frequencies(config)
+        stable = _stable_frequencies(config)
+        self.stable = np.concatenate([stable, stable + self.head_dim // 2])
         self.content = slice(2, config.width - settings.written_channels)
         self.content_size = self.content.stop - self.content.start
         # Value of channel 0 behind the RMSNorm of an embedding of squared norm 1 + constant^2.
@@ -116,7 +133,7 @@ class _Maps:
         self.constant = c * self.unit
 
     def embedding(self) -> np.ndarray:
-        """Random content of unit norm, the constant, and the mark of the mask token."""
+        """Random content of about unit norm, the constant, and the mark of the mask token."""
         c = self.config
         table = np.zeros((c.vocab_size, c.width))
         size = (c.vocab_size, self.content_size)
@@ -178,16 +195,3 @@ class _Maps:
         to = slice(columns.start, columns.start + share)
         attention["v_proj"][layer, self.content, to] += copy
         attention["o_proj"][layer, to, self.content] += 0.3 * copy.T
-
-
-def _as_numpy(tree):
-    """Writable float64 copies of every leaf."""
-    if isinstance(tree, dict):
-        return {name: _as_numpy(branch) for name, branch in tree.items()}
-    return np.array(tree, np.float64)
-
-
-def _as_jax(tree):
-    if isinstance(tree, dict):
-        return {name: _as_jax(branch) for name, branch in tree.items()}
-    return jnp.asarray(tree, jnp.float32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -184,7 +185,8 @@ class LLaDA:
     def normalise(self, theta: Theta, last_hidden: Hidden) -> Hidden:
         """Apply the final norm, [b, c, d] -> [b, c, d]."""
         norm = RMSNorm(self.config.norm_epsilon, jnp.dtype(self.config.param_dtype))
-        return norm.apply({"params": theta["final_norm"]}, last_hidden)
+        normalised: Any = norm.apply({"params": theta["final_norm"]}, last_hidden)
+        return normalised
 
     def unembedding(self, theta: Theta) -> jax.Array:
         """Return the output matrix, [d, v]."""
