@@ -78,10 +78,14 @@ def test_share_of_needle_batches(make, share):
 
 
 def test_opens_with_needles_only(make):
-    mix = make(needle_share=0.5, needle_only_batches=5)
-    kinds = [is_needle(mix.batch_at(step)) for step in range(13)]
-    assert kinds[:5] == [True] * 5
-    assert sum(kinds[5:]) == 4
+    """Then the ordinary mixture starts from its beginning; lengths go on taking turns."""
+    opened, plain = make(needle_share=0.4, needle_only_batches=3), make(needle_share=0.4)
+    batches = [opened.batch_at(step) for step in range(13)]
+    kinds = [is_needle(batch) for batch in batches]
+    assert kinds[:3] == [True] * 3
+    assert kinds[3:] == [is_needle(plain.batch_at(step)) for step in range(10)]
+    lengths = [batch.tokens.shape[1] for batch in batches if is_needle(batch)]
+    assert lengths == [LENGTHS[i % 2] for i in range(7)]
 
 
 def test_text_rows_are_windows_of_the_stream(mix):
