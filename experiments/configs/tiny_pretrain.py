@@ -21,14 +21,14 @@ def get_config(stage: str = "retrieval") -> ConfigDict:
         config.start = "runs/pretrain/model"
         config.tokenizer = "runs/pretrain/tokenizer.json"
         config.train.output = "runs/pretrain_text"
-        config.train.steps = 2000
+        config.train.steps = 1500
         config.data.needle_share = 0.25
         config.data.needle_only_batches = 0
         config.data.seed = 1
         config.optimizer.learning_rate = 1.5e-3
         config.optimizer.warmup_fraction = 0.02
         config.optimizer.schedule = "cosine"
-        config.optimizer.total_steps = 2000
+        config.optimizer.total_steps = 1500
     return config
 
 
@@ -78,7 +78,7 @@ def _retrieval() -> ConfigDict:
     config.train = ConfigDict(
         {
             "output": "runs/pretrain",
-            "steps": 1000,
+            "steps": 1097,
             "seed": 0,
             "log_every": 50,
             "validate_every": 500,
