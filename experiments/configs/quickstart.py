@@ -15,7 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.output = "runs/quickstart"
     config.model = ""
-    config.conversations = 800
+    config.conversations = 300
 
     config.memory = finetune_needles.get_config().memory
     del config.memory["enabled"]
@@ -40,12 +40,12 @@ def get_config() -> config_dict.ConfigDict:
         },
     )
     config.finetune.pipeline.buckets = (192, 320)
-    config.finetune.pipeline.rows_per_batch = 12
+    config.finetune.pipeline.rows_per_batch = 8
     config.finetune.validation_batches = 8
-    config.finetune.train.steps = 180
+    config.finetune.train.steps = 160
     config.finetune.train.log_every = 5
-    config.finetune.train.validate_every = 30
-    config.finetune.train.save_every = 60
+    config.finetune.train.validate_every = 40
+    config.finetune.train.save_every = 80
     config.finetune.optimizer.learning_rate = 3e-4
 
     config.evaluate = evaluate.get_config()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -159,25 +160,34 @@ def evaluate(
     Returns:
         JSON-ready ``{"config", "rows", "maskable_tokens", "systems": {name: {"loss",
         "standard_error"}}, "comparisons": [...]}``; nats per maskable token, errors over the rows.
-        A comparison is the second system's loss minus the first's, row by row.
+        A comparison is the second system's loss minus the first's, row by row, with the p-value
+        of a normal test and Holm's adjustment.
 
     Raises:
         ValueError: fewer than two rows.
     """
     counts = np.array([len(row.tokens) - row.prompt_length for row in rows])
     sums = {s.name: dataset_losses(s, rows, config, pad_token_id, batch_size) for s in systems}
-    names = list(sums)
     return {
         "config": dataclasses.asdict(config),
         "rows": len(rows),
         "maskable_tokens": int(counts.sum()),
-        "systems": {name: _estimate(sums[name], counts) for name in names},
-        "comparisons": [
-            {"first": a, "second": b} | _estimate(sums[b] - sums[a], counts)
-            for i, a in enumerate(names)
-            for b in names[i + 1 :]
-        ],
+        "systems": {name: _estimate(sums[name], counts) for name in sums},
+        "comparisons": _compare(sums, counts),
     }
+
+
+def _compare(sums: dict[str, np.ndarray], counts: Int[np.ndarray, "n"]) -> list[dict]:
+    """Row-by-row differences of every two systems, with p-values adjusted for their number."""
+    pairs = list(itertools.combinations(sums, 2))
+    found = [_estimate(sums[b] - sums[a], counts) for a, b in pairs]
+    raw = [statistics.normal_p_value(d["loss"], d["standard_error"]) for d in found]
+    return [
+        {"first": a, "second": b} | difference | {"p_value": p, "p_adjusted": adjusted}
+        for (a, b), difference, p, adjusted in zip(
+            pairs, found, raw, statistics.holm(raw), strict=True
+        )
+    ]
 
 
 def _estimate(sums: Float[np.ndarray, "n"], counts: Int[np.ndarray, "n"]) -> dict:

@@ -1,6 +1,7 @@
 """Needle accuracy: how often the asked value is found in the haystack, and bound to its key."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -191,8 +192,7 @@ def compare(outcomes: Mapping[str, Sequence[Outcome]]) -> list[dict]:
 
     ``p_value`` is McNemar's exact test, ``p_adjusted`` Holm's for the comparisons of this list.
     """
-    names = list(outcomes)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    pairs = list(itertools.combinations(outcomes, 2))
     counts = [
         statistics.paired([o.correct for o in outcomes[a]], [o.correct for o in outcomes[b]])
         for a, b in pairs

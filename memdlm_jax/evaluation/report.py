@@ -16,7 +16,7 @@ PARTS = ("needles", "likelihood", "curves", "samples", "history")
 """Parts of the results that may be missing."""
 
 LEVEL = 0.05
-"""A difference is called detected below this (adjusted) p-value."""
+"""A difference is called detected if its p-value, adjusted for the number of tests, is below."""
 
 
 def write(folder: str | Path, results: Mapping[str, Any]) -> Path:
@@ -97,8 +97,8 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 
 def _needle_sentence(c: Mapping[str, Any]) -> str:
     numbers = (
-        f"{signed(c['difference'])} points, 95 % interval {interval(c['interval'])}, "
-        f"exact McNemar p {_equals(c['p_adjusted'])} after Holm's adjustment, n = {c['n']}"
+        f"{signed(c['difference'])} points, 95 % interval {interval(c['interval'])}, n = {c['n']}; "
+        f"exact McNemar p {_equals(c['p_value'])}, {_equals(c['p_adjusted'])} adjusted"
     )
     if c["p_adjusted"] >= LEVEL:
         return (
@@ -129,9 +129,11 @@ def _floor_sentences(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _loss_sentence(c: Mapping[str, Any], rows: int) -> str:
-    half = Z95 * c["standard_error"]
-    numbers = f"{c['loss']:+.4f} ± {half:.4f} nats per maskable token (95 %), n = {rows} rows"
-    if abs(c["loss"]) <= half:
+    numbers = (
+        f"{c['loss']:+.4f} ± {Z95 * c['standard_error']:.4f} nats per maskable token (95 %), "
+        f"n = {rows} rows; p {_equals(c['p_value'])}, {_equals(c['p_adjusted'])} adjusted"
+    )
+    if c["p_adjusted"] >= LEVEL:
         return (
             f"Held-out loss: no difference between {c['second']} and {c['first']} was detected "
             f"({numbers})."

@@ -87,6 +87,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def normal_p_value(estimate: float, standard_error: float) -> float:
+    """Two-sided p-value of "the true value is zero" for a normal estimate; 1 if both are zero."""
+    if standard_error == 0:
+        return float(estimate == 0)
+    return math.erfc(abs(estimate) / standard_error / math.sqrt(2))
+
+
 def ratio_estimate(sums: ArrayLike, counts: ArrayLike) -> tuple[float, float]:
     """Sum over rows divided by count over rows, with its standard error over the rows.
 

@@ -11,6 +11,14 @@ from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 WORDS = ("the", "cat", "sat", "on", "mats", "and", "saw", "how", "every", "green", "bird", "flew")
 
 
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation():
+    """Compile fast: these models are too small for anything else to matter."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def sentences() -> list[str]:
     """Forty different sentences without digits."""
@@ -39,5 +47,9 @@ def systems(denoiser):
     """Random weights, large enough for answers that depend on the prompt."""
     thetas = [jax.jit(denoiser.init)(jax.random.key(seed)) for seed in (0, 1)]
     thetas = jax.tree.map(lambda x: 3 * x, thetas)
-    memory = MemoryConfig(steps=1, rank=4, alpha=8.0, layer_fraction=0.5, learning_rate=1.0)
+    # One step on one module: what is tested here compiles in a fraction of the time.
+    memory = MemoryConfig(
+        steps=1, rank=4, alpha=8.0, layer_fraction=0.5, learning_rate=1.0,
+        target_modules=("mlp/up_proj",),
+    )  # fmt: skip
     return three_systems(denoiser, *thetas, memory)

@@ -25,8 +25,22 @@ LIKELIHOOD = {
         "memdlm": {"loss": 4.9, "standard_error": 0.1},
     },
     "comparisons": [
-        {"first": "mdlm", "second": "memdlm", "loss": -0.1, "standard_error": 0.04},
-        {"first": "memdlm", "second": "mdlm", "loss": 0.1, "standard_error": 0.06},
+        {
+            "first": "mdlm",
+            "second": "memdlm",
+            "loss": -0.1,
+            "standard_error": 0.04,
+            "p_value": 0.01,
+            "p_adjusted": 0.02,
+        },
+        {
+            "first": "memdlm",
+            "second": "mdlm",
+            "loss": 0.1,
+            "standard_error": 0.05,
+            "p_value": 0.04,
+            "p_adjusted": 0.06,
+        },
     ],
 }
 
@@ -71,7 +85,7 @@ def test_findings_say_both_what_differs_and_what_does_not(results):
     said = report.findings(results)
     assert "no difference between memdlm_train_only and mdlm was detected (+0.0 points" in said[0]
     assert "memdlm answers more questions than mdlm (+100.0 points" in said[1]
-    assert "n = 40" in said[1] and "p < 0.0001" in said[1]
+    assert "n = 40" in said[1] and "p < 0.0001, < 0.0001 adjusted" in said[1]
     assert sum("above the chance floor" in s and "2 of 2" in s for s in said) == 1
     assert sum("above the chance floor" in s and "0 of 2" in s for s in said) == 2
     assert "memdlm is lower than mdlm (-0.1000 ± 0.0784 nats" in said[-2]

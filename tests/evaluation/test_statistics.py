@@ -51,6 +51,13 @@ def test_holm_by_hand():
     assert statistics.holm([]) == []
 
 
+def test_normal_p_value():
+    assert statistics.normal_p_value(1.96, 1.0) == pytest.approx(0.05, abs=1e-4)
+    assert statistics.normal_p_value(-3.92, 2.0) == pytest.approx(0.05, abs=1e-4)
+    assert statistics.normal_p_value(0.0, 0.0) == 1.0
+    assert statistics.normal_p_value(0.1, 0.0) == 0.0
+
+
 def test_ratio_estimate_is_the_mean_for_equal_counts():
     values = np.array([1.0, 2.0, 4.0])
     ratio, error = statistics.ratio_estimate(values * 5, [5, 5, 5])
