@@ -2,11 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,116 +11,29 @@ import pytest
 from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.memory import fast_weights, inner_loop, meta_gradient
-from memdlm_jax.memory import trajectory as trajectories
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
-from memdlm_jax.typing import Batch, Denoiser
-from tests.memory import golden
-
-ROWS, LENGTH = 4, 8
-MODES = ("first_order", "trunk_stopped", "exact")
-
-
-class Tiny:
-    """A denoiser of the protocol in plain ``jnp``: three layers of token mixing and a tanh MLP."""
-
-    num_layers, mask_token_id, vocabulary, width, hidden = 3, 0, 9, 6, 8
-
-    def init(self, seed):
-        rng = np.random.default_rng(seed)
-        d, h, n = self.width, self.hidden, self.num_layers
-        shapes = {"mix": (n, d, d), "up": (n, d, h), "down": (n, h, d)}
-        shapes |= {"embedding": (self.vocabulary, d), "place": (LENGTH, d), "out": (d, 9)}
-        return {name: jnp.asarray(rng.normal(size=s)) * 0.6 for name, s in shapes.items()}
-
-    def trunk(self, theta, tokens, valid=None, position_ids=None, *, split):
-        x = theta["embedding"][tokens] + theta["place"]
-        return self._layers(theta, None, x, valid, 0, split)
-
-    def head(self, theta, phi, hidden, valid=None, position_ids=None, *, split):
-        return self._layers(theta, phi, hidden, valid, split, self.num_layers)
-
-    def _layers(self, theta, phi, x, valid, first, end):
-        seen = valid[..., None].astype(x.dtype)
-        for n in range(first, end):
-            mean = jnp.sum(x * seen, 1, keepdims=True) / jnp.maximum(seen.sum(1, keepdims=True), 1)
-            x = x + jnp.tanh(x * mean) @ theta["mix"][n]
-            up = jnp.tanh(x @ theta["up"][n] + _fast(phi, "up", n - first, x))
-            x = x + up @ theta["down"][n] + _fast(phi, "down", n - first, up)
-        return x
-
-    def readout(self, theta, last_hidden):
-        return last_hidden @ theta["out"]
-
-    def adaptable(self):
-        n, d, h = self.num_layers, self.width, self.hidden
-        return {"mlp/up": (n, d, h), "mlp/down": (n, h, d)}
-
-
-def _fast(phi, name, layer, x):
-    if phi is None:
-        return 0.0
-    return jax.tree.map(lambda leaf: leaf[layer], phi["mlp"][name]["delta"])(x)
-
-
-MODEL = Tiny()
-CONFIG = MemoryConfig(
-    learning_rate=0.1,
-    clip_norm=0.4,
-    rank=3,
-    alpha=6.0,
-    layer_fraction=0.5,
-    target_modules=("mlp/up", "mlp/down"),
+from memdlm_jax.typing import Denoiser
+from tests.memory import tiny
+from tests.memory.tiny import (
+    CONFIG,
+    LENGTH,
+    MODEL,
+    ROWS,
+    assert_close,
+    batch_of,
+    draw,
+    run,
+    settings,
 )
 
-
-def settings(mode, scope, **others):
-    return dataclasses.replace(CONFIG, meta_gradient=mode, scope=scope, **others)
-
-
-def batch_of(seed):
-    """Rows with prompts of several lengths; the last is padded."""
-    tokens = np.random.default_rng(seed).integers(1, MODEL.vocabulary, (ROWS, LENGTH))
-    maskable = np.arange(LENGTH) >= np.array([2, 0, 5, 3])[:, None]
-    valid = np.ones((ROWS, LENGTH), bool)
-    valid[3, 7:] = maskable[3, 7:] = False
-    return Batch(*map(jnp.asarray, (tokens, maskable, valid)))
-
-
-def draw(config, batch, corrupt=None, seed=1):
-    """(phi_0, batch, anchor, trajectory) with float64 fast weights."""
-    schedule = LinearSchedule(0.5, "low_discrepancy")
-    phi, *states = meta_gradient.draw(
-        jax.random.key(seed), MODEL, config, batch, schedule, corrupt=corrupt
-    )
-    return jax.tree.map(lambda leaf: leaf.astype(float), phi), batch, *states
-
-
-@functools.cache
-def compiled(config):
-    """(theta, phi, batch, anchor, trajectory, report) -> ((loss, sums), gradient in theta)."""
-
-    def loss(theta, phi, batch, anchor, trajectory, report):
-        return meta_gradient.outer_loss(
-            MODEL, config, theta, phi, batch, anchor, trajectory, with_memory_off=report
-        )
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
-
-
-def run(config, theta, given, report=True):
-    """Outer loss, sums and gradient on what ``draw`` gave."""
-    return compiled(config)(theta, *given, np.bool_(report))
+MODES = ("first_order", "trunk_stopped", "exact")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def wide():
-    """In float64, and compiled in half the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.enable_x64(True):
+    with tiny.float64():
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +51,6 @@ def shared():
 def own():
     """A memory for every row."""
     return draw(settings("exact", "example"), batch_of(0))
-
-
-def assert_close(ours, theirs, tolerance):
-    """Every leaf within ``tolerance`` of its largest entry."""
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    pairs = zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True)
-    for (path, a), b in pairs:
-        bound = tolerance * np.abs(b).max()
-        np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=str(path))
 
 
 def test_tiny_answers_the_protocol():
@@ -257,75 +156,6 @@ def test_exact_equals_central_differences(theta, clip_norm, steps):
         direction = unit(seed, theta)
         expected = slope(lambda at: run(config, at, given)[0][0], theta, direction)
         assert along(gradient, direction) == pytest.approx(expected, rel=1e-7)
-
-
-class TestOwnMemoryOfEveryRow:
-    def test_equals_a_loop_over_rows(self, theta, own):
-        """Sums, so that sum / maskable is sum_i M_i L_i / sum_i M_i with L_i per token of row i."""
-        config = settings("exact", "example")
-        (loss, sums), gradient = run(config, theta, own)
-        parts = []
-        for i in range(ROWS):
-            row = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], own)
-            parts.append(run(config, theta, row))
-            alone = parts[-1][0][1]
-            assert_close(alone.inner.loss[:, 0], sums.inner.loss[:, i], 1e-12)
-            phi_in_batch = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], sums.phi)
-            assert_close(alone.phi, phi_in_batch, 1e-12)
-        maskable = [int(alone.maskable) for (_, alone), _ in parts]
-        per_token = [
-            float(row_loss) / m for ((row_loss, _), _), m in zip(parts, maskable, strict=True)
-        ]
-        combined = np.dot(per_token, maskable) / sum(maskable)
-        assert int(sums.maskable) == sum(maskable)
-        assert float(loss) / int(sums.maskable) == pytest.approx(combined, rel=1e-13)
-        total = jax.tree.map(lambda *leaves: sum(leaves), *(g for _, g in parts))
-        assert_close(gradient, total, 1e-12)
-
-    def test_does_not_depend_on_the_other_rows(self, theta, own):
-        """Reversed rows give reversed results; row 1 keeps its own beside other neighbours."""
-        config = settings("exact", "example")
-        (_, sums), gradient = run(config, theta, own)
-        turned = jax.tree.map(lambda leaf: leaf[::-1], own)
-        (_, backward), same_gradient = run(config, theta, turned)
-        assert_close(backward.phi, jax.tree.map(lambda leaf: leaf[::-1], sums.phi), 1e-12)
-        assert_close(backward.inner.loss, sums.inner.loss[:, ::-1], 1e-12)
-        assert_close(same_gradient, gradient, 1e-11)
-
-        others = draw(config, batch_of(7), seed=1)
-        mixed = jax.tree.map(lambda mine, other: other.at[1].set(mine[1]), own, others)
-        (_, beside), _ = run(config, theta, mixed)
-        first, again = (jax.tree.map(lambda leaf: leaf[1], x.phi) for x in (sums, beside))
-        assert_close(again, first, 1e-12)
-        assert not np.allclose(beside.inner.loss[0, 0], sums.inner.loss[0, 0])
-
-    def test_recorded_rows(self):
-        """The public code's batch of three, a memory per row (tests/golden/README.md)."""
-        arrays, case = golden.load("default_f64")
-        alone, _ = golden.load("b1_row0_f64")
-        config = dataclasses.replace(golden.memory_config(case), scope="example")
-        model, batch = golden.denoiser(case), golden.batch(arrays)
-        anchor, trajectory = golden.states(arrays, case)
-        rescaled = [
-            dataclasses.replace(state, weight=trajectories.normalised(
-                jnp.asarray(weight), jnp.asarray(mask.sum(-1)), groups=3
-            ))
-            for state, weight, mask in zip(
-                trajectory.states, arrays["step_weight"], arrays["step_loss_mask"], strict=True
-            )
-        ]  # fmt: skip
-        trajectory = dataclasses.replace(trajectory, states=tuple(rescaled))
-        phi = golden.as_phi(golden.phi_after(arrays, 0, case), case)
-        phi = jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=0), phi)
-        loss, sums = jax.jit(functools.partial(meta_gradient.outer_loss, model, config))(
-            golden.base_theta(case), phi, batch, anchor, trajectory
-        )
-        assert float(loss) / int(sums.maskable) == pytest.approx(7.269143, abs=5e-7)
-        assert golden.relative(sums.inner.loss[:, 0], alone["inner_loss"]) <= 1e-9
-        for module, leaves in golden.phi_after(alone, 2, case).items():
-            for name, theirs in leaves.items():
-                ours = getattr(sums.phi["mlp"][module]["delta"], name)[0]
-                assert golden.relative(ours, theirs) <= 1e-9, (module, name)
 
 
 class TestMemoryOff:
@@ -481,65 +311,3 @@ class TestDraw:
         phi, anchor, masks = (np.asarray(jax.random.key_data(k)) for k in keys)
         assert len(np.unique(phi, axis=0)) == 1
         assert len(np.unique(np.concatenate([phi, anchor, masks]), axis=0)) == 7
-
-
-@pytest.mark.parametrize("mode", ["first_order", "exact"])
-def test_global_memory_over_two_devices_equals_one(theta, shared, two_devices, mode):
-    """``pmap`` over two simulated devices; targets are unevenly spread over them."""
-    (loss, sums), gradient = run(settings(mode, "global"), theta, shared)
-    counts = np.asarray(shared[3].states[0].targets.present.sum(-1)).reshape(2, -1).sum(-1)
-    assert counts[0] != counts[1]
-    theirs = {name.removeprefix(mode + "/"): x for name, x in two_devices.items() if mode in name}
-    assert theirs["loss"].sum() == pytest.approx(float(loss), rel=1e-12)
-    for device in range(2):
-        np.testing.assert_allclose(theirs["inner"][device], sums.inner.loss, rtol=1e-12)
-        for i, leaf in enumerate(jax.tree.leaves(sums.phi)):
-            np.testing.assert_allclose(theirs[f"phi{i}"][device], leaf, rtol=1e-11)
-    for name, leaf in gradient.items():
-        assert_close(theirs[f"gradient_{name}"].sum(0), leaf, 1e-12)
-
-
-@pytest.fixture(scope="module")
-def two_devices(shared, tmp_path_factory):
-    """What ``on_two_devices`` finds in a process of its own."""
-    folder = tmp_path_factory.mktemp("devices")
-    (folder / "given.pickle").write_bytes(pickle.dumps(jax.tree.map(np.asarray, shared)))
-    code = f"from tests.memory import test_meta_gradient as t; t.on_two_devices({str(folder)!r})"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
-    return dict(np.load(folder / "found.npz"))
-
-
-def on_two_devices(folder):
-    """Save loss, phi and gradient of each device with one memory shared over both."""
-    assert jax.device_count() == 2
-    phi, *given = pickle.loads(Path(folder, "given.pickle").read_bytes())
-    halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), given)
-    found = {}
-    for mode in ("first_order", "exact"):
-        on_device = jax.pmap(
-            functools.partial(share_of_a_device, settings(mode, "global")),
-            "devices",
-            in_axes=(None, None, 0, 0, 0),
-        )
-        (loss, sums), gradient = on_device(MODEL.init(0), phi, *halves)
-        found |= {f"{mode}/loss": loss, f"{mode}/inner": sums.inner.loss}
-        found |= {f"{mode}/phi{i}": x for i, x in enumerate(jax.tree.leaves(sums.phi))}
-        found |= {f"{mode}/gradient_{name}": g for name, g in gradient.items()}
-    np.savez(Path(folder, "found.npz"), **found)
-
-
-def share_of_a_device(config, theta, phi, batch, anchor, trajectory):
-    def loss(theta):
-        return meta_gradient.outer_loss(
-            MODEL, config, theta, phi, batch, anchor, trajectory,
-            with_memory_off=False, axis_name="devices",
-        )  # fmt: skip
-
-    return jax.value_and_grad(loss, has_aux=True)(theta)
