@@ -51,8 +51,8 @@ def get_config() -> config_dict.ConfigDict:
     config.evaluate = evaluate.get_config()
     for filled in ("output", "memory", "mdlm", "memdlm"):
         del config.evaluate[filled]
-    config.evaluate.needles.lengths = (192, 320)
-    config.evaluate.needles.num_keys = (4,)
+    config.evaluate.needles.lengths = (288, 384)
+    config.evaluate.needles.num_keys = (8,)
     config.evaluate.needles.episodes = 200
     config.evaluate.likelihood.samples = 4
     config.evaluate.held_out.rows = 150

@@ -70,4 +70,6 @@ def _draw(panel, points: Sequence[tuple], label: str, colour: str, smooth: bool)
         sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))
     ]
     panel.plot(steps, values, ".", ms=2, alpha=0.35, color=colour)
-    panel.plot(steps, means, color=colour, label=label)
+    # Without memory the two curves are one: dashes let the other show.
+    style = "--" if label.endswith("off") else "-"
+    panel.plot(steps, means, style, color=colour, label=label)
