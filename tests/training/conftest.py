@@ -1,12 +1,8 @@
 """Compile quickly and once: these tests are about what is computed, not about how fast."""
 
-import os
-
 import jax
 import pytest
 
-# Halves the time of compilation; read by XLA when it is first used, so nothing else works.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 QUICK = {
     "jax_disable_most_optimizations": True,
     "jax_persistent_cache_min_compile_time_secs": 0.3,
