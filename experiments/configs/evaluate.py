@@ -42,7 +42,9 @@ def get_config() -> config_dict.ConfigDict:
     config.needles.seed = 0
     config.needles.task = {"split": config.get_ref("split"), "template": "ruler", "value_digits": 3}
 
-    config.decode = {"length": 4, "block_length": 4, "steps": 4, "temperature": 0.0}
+    # From left to right: with a window longer than the answers of training, a model tends to put
+    # the end of the answer into the last columns first, and then ends before the value.
+    config.decode = {"length": 4, "block_length": 1, "steps": 4, "temperature": 0.0}
     config.reply = {"length": 32, "block_length": 8, "steps": 32, "temperature": 0.0}
 
     config.likelihood = config_dict.ConfigDict()

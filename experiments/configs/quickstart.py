@@ -42,17 +42,16 @@ def get_config() -> config_dict.ConfigDict:
     config.finetune.pipeline.buckets = (192, 320)
     config.finetune.pipeline.rows_per_batch = 8
     config.finetune.validation_batches = 8
-    config.finetune.train.steps = 160
+    config.finetune.train.steps = 200
     config.finetune.train.log_every = 5
     config.finetune.train.validate_every = 40
     config.finetune.train.save_every = 80
-    config.finetune.optimizer.learning_rate = 3e-4
 
     config.evaluate = evaluate.get_config()
     for filled in ("output", "memory", "mdlm", "memdlm"):
         del config.evaluate[filled]
-    config.evaluate.needles.lengths = (288, 384)
-    config.evaluate.needles.num_keys = (8,)
+    config.evaluate.needles.lengths = (384, 504)
+    config.evaluate.needles.num_keys = (12,)
     config.evaluate.needles.episodes = 200
     config.evaluate.likelihood.samples = 4
     config.evaluate.held_out.rows = 150
