@@ -57,15 +57,18 @@ def adapt(
 
     Returns:
         The adapted phi, and the record of the steps. A step whose loss or gradient is not finite
-        leaves its group's phi and optimiser state as they were and is counted as skipped.
+        leaves its group's phi and optimiser state as they were and is counted as skipped. With
+        ``forward_over_reverse_gradient`` it leaves no trace in derivatives either, unless what is
+        not finite is theta, or the trunk that a state was computed with.
     """
     optimizer_state = jax.vmap(optimizer.init)(phi)
     records = []
     for state in states:
         loss, grads = gradient(theta, phi, state)
-        updates, new_state = jax.vmap(optimizer.update)(grads, optimizer_state, phi)
         norm = jax.lax.stop_gradient(fast_weights.group_norms(grads))
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+        grads = _harmless(fine, grads)
+        updates, new_state = jax.vmap(optimizer.update)(grads, optimizer_state, phi)
         phi = _where(fine, optax.apply_updates(phi, updates), phi)
         optimizer_state = _where(fine, new_state, optimizer_state)
         records.append(InnerStep(jax.lax.stop_gradient(loss), norm, ~fine))
@@ -77,6 +80,15 @@ def _where(fine: Bool[Array, "g"], new, old):
     return jax.tree.map(
         lambda a, b: jnp.where(fine.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old
     )
+
+
+def _harmless(fine: Bool[Array, "g"], tree):
+    """The tree with ones for the groups that are skipped.
+
+    Choosing the old value afterwards is not enough for a derivative: it sends a zero back through
+    the step, and zero times NaN is NaN. Ones, because norms and roots have no derivative at zero.
+    """
+    return _where(fine, tree, jax.tree.map(jnp.ones_like, tree))
 
 
 def inner_optimizer(config: MemoryConfig) -> optax.GradientTransformation:
@@ -133,6 +145,8 @@ def forward_over_reverse_gradient(loss: InnerLoss, axis_name: str | None = None)
 
     With ``axis_name`` every device holds the same phi and a share of the loss: the rule sums the
     incoming cotangent over the axis before the product and differentiates the local share.
+
+    A group whose loss or gradient is not finite counts as a constant: ``adapt`` skips its step.
     """
     weighted = _weighted(loss)
 
@@ -141,12 +155,18 @@ def forward_over_reverse_gradient(loss: InnerLoss, axis_name: str | None = None)
         return reverse_gradient(loss, axis_name)(theta, phi, state)
 
     def forward(theta, phi, state):
-        return value_and_gradient(theta, phi, state), (theta, phi, state)
+        loss, grads = value_and_gradient(theta, phi, state)
+        fine = jnp.isfinite(loss) & jnp.isfinite(fast_weights.group_norms(grads))
+        return (loss, grads), (theta, phi, state, fine)
 
     def backward(saved, cotangents):
-        theta, phi, state = saved
-        loss_cotangent, direction = _over_devices(cotangents, axis_name)
+        theta, phi, state, fine = saved
+        cotangents = _over_devices(cotangents, axis_name)
+        # A group that is not finite is skipped: nothing depends on it, so nothing flows back.
+        zeros = jax.tree.map(jnp.zeros_like, cotangents)
+        loss_cotangent, direction = _where(fine, cotangents, zeros)
         floats, rebuild = _split_floats(state)
+        phi, floats = _harmless(fine, (phi, floats))
 
         def gradients(phi, weights):
             def total(theta, phi, floats):
