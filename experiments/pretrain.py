@@ -20,7 +20,6 @@ from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.needles import NeedleConfig
 from memdlm_jax.data.pretraining import PretrainingConfig
 from memdlm_jax.data.tokenizer import Tokenizer
-from memdlm_jax.diffusion.decode import DecodeConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.evaluation import needles
 from memdlm_jax.evaluation.needles import NeedleSuite
@@ -136,7 +135,7 @@ def needle_probe(
         scores = {}
         for task, asked in episodes.items():
             answer = needles.answerer(
-                system, tokenizer, DecodeConfig(length=4, steps=4, block_length=4),
+                system, tokenizer, needles.left_to_right(4),
                 max_length=task.length + 8, batch_size=20,
             )  # fmt: skip
             outcomes = needles.evaluate_cell(asked, answer)

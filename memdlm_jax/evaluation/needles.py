@@ -99,6 +99,16 @@ def draw_episodes(
     }
 
 
+def left_to_right(length: int) -> DecodeConfig:
+    """The sampler for needle answers: a window of ``length`` tokens filled from left to right.
+
+    A window longer than the answers of training is a canvas the model has not seen. Filled in any
+    order, the end of the answer can be committed in its last columns first, and the answer then
+    ends before its value, whatever the model retrieved.
+    """
+    return DecodeConfig(length=length, block_length=1, steps=length)
+
+
 def answerer(
     system: System,
     tokenizer: Tokenizer,

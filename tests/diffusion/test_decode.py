@@ -142,3 +142,24 @@ def test_bad_prompts_are_named():
         decode.pad_left([[1, 2, 3, 4, 5]], 4, 0)
     with pytest.raises(ValueError, match="prompts is empty"):
         decode.pad_left([], 4, 0)
+
+
+@pytest.mark.parametrize(("block_length", "expected"), [(4, [9, 9, 9, 9]), (1, [3, 5, 9, 9])])
+def test_order_decides_whether_a_long_window_cuts_the_answer_off(block_length, expected):
+    """A model that knows the answer (3 5), but is surest of the end (9) in the last column.
+
+    Once an end stands in the window, it takes every column before it for the end as well: what a
+    model does that never saw a window longer than its answers.
+    """
+    end, answer = 9, jnp.array([3, 5, end, end])
+
+    def predict(canvas, columns):
+        ended = jnp.any(canvas[:, 1:] == end, axis=1)
+        wanted = jnp.where(ended[:, None], end, answer[columns - 1])
+        sureness = jnp.where(columns == 4, 9.0, 5.0)
+        return jax.nn.one_hot(wanted, 24) * sureness[None, :, None]
+
+    config = DecodeConfig(length=4, block_length=block_length, steps=4)
+    decoded = decode.decode(predict, jax.random.split(jax.random.key(0), 1), jnp.array([[7]]),
+                            config, MASK)  # fmt: skip
+    assert decoded.tokens[0].tolist() == expected

@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+from experiments.configs import evaluate as evaluate_config
+from experiments.configs import quickstart as quickstart_config
 from memdlm_jax.data.needles import NeedleConfig
 from memdlm_jax.diffusion.decode import DecodeConfig
 from memdlm_jax.evaluation import needles
@@ -113,3 +115,11 @@ def test_a_reply_for_every_episode(tokenizer, sentences):
     suite = dataclasses.replace(SUITE, lengths=(128,), num_keys=(2,))
     with pytest.raises(ValueError, match="shorter"):
         needles.evaluate(suite, tokenizer, sentences, {"a": lambda episodes: [""]})
+
+
+def test_every_default_decodes_answers_from_left_to_right():
+    """One sampler for training's probe, the comparison and the quickstart: numbers compare."""
+    sampler = needles.left_to_right(4)
+    assert sampler.num_blocks == sampler.length == 4
+    for config in (evaluate_config.get_config(), quickstart_config.get_config().evaluate):
+        assert DecodeConfig(**config.decode.to_dict()) == sampler

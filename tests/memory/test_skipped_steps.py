@@ -91,6 +91,25 @@ def test_exact_gradient_is_that_without_the_step(name, step, kind):
     tiny.assert_close(ours, without_the_step(step, OPTIMIZERS[name]), 1e-11)
 
 
+@pytest.mark.parametrize("kind", SPOILS)
+def test_rule_takes_a_group_that_is_not_finite_for_a_constant(kind):
+    """Used without ``adapt``: cotangents that do arrive at such a group are not passed on."""
+    cotangents = normal(40, GROUPS), {n: normal(41, *leaf.shape) for n, leaf in PHI.items()}
+    rule = inner_loop.forward_over_reverse_gradient(toy_loss)
+    state = spoilt(0, kind)[0]
+    theta, phi, states = jax.jit(lambda c: jax.vjp(rule, THETA, PHI, state)[1](c))(cotangents)
+    good = np.arange(GROUPS) != BAD_GROUP
+    kept, silent = (jax.tree.map(lambda x, g=g: x[g], cotangents) for g in (good, ~good))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(silent))
+    of_good = jax.tree.map(lambda x: x[good], (PHI, STATES[0]))
+    oracle = inner_loop.reverse_gradient(toy_loss)
+    expected = jax.jit(lambda c: jax.vjp(oracle, THETA, *of_good)[1](c))(kept)
+    ours = (theta, *jax.tree.map(lambda x: x[good], (phi, states)))
+    tiny.assert_close(ours, expected, 1e-11)
+    for leaf in jax.tree.leaves((phi, states)):
+        assert not leaf[BAD_GROUP].any()
+
+
 def test_every_step_skipped_gives_no_gradient_to_theta():
     """phi_K is phi_0: nothing of theta went into it, and phi_0 passes through unchanged."""
     states = [{"x": s["x"], "y": np.full_like(s["y"], np.nan)} for s in STATES]
