@@ -151,7 +151,8 @@ def test_order_decides_whether_a_long_window_cuts_the_answer_off(block_length, e
     Once an end stands in the window, it takes every column before it for the end as well: what a
     model does that never saw a window longer than its answers.
     """
-    end, answer = 9, jnp.array([3, 5, end, end])
+    end = 9
+    answer = jnp.array([3, 5, end, end])
 
     def predict(canvas, columns):
         ended = jnp.any(canvas[:, 1:] == end, axis=1)
