@@ -36,11 +36,14 @@ class Batch:
         tokens: x_0, clean token ids.
         maskable: positions that the forward process may mask and that carry loss (the response).
         valid: positions that may be attended to (everything but padding).
+        padding: maskable positions that only fill up the row, if padding is supervised;
+            ``None`` where it is not.
     """
 
     tokens: Int[Array, "b l"]
     maskable: Bool[Array, "b l"]
     valid: Bool[Array, "b l"]
+    padding: Bool[Array, "b l"] | None = None
 
 
 @runtime_checkable
@@ -85,6 +88,10 @@ class Denoiser(Protocol):
         split: int,
     ) -> Hidden:
         """Run layers ``split .. num_layers - 1`` with fast weights; stops before the final norm."""
+        ...
+
+    def normalise(self, theta: Theta, last_hidden: Float[Array, "b c d"]) -> Float[Array, "b c d"]:
+        """Final norm, at the given positions only."""
         ...
 
     def readout(self, theta: Theta, last_hidden: Float[Array, "b c d"]) -> Float[Array, "b c v"]:

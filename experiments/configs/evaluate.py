@@ -31,7 +31,7 @@ def get_config() -> config_dict.ConfigDict:
     config.memory.rank = 32
     config.memory.alpha = 64.0
     config.memory.layer_fraction = 0.1
-    config.memory.target_modules = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+    config.memory.target_modules = ("mlp",)
     config.memory.prompt_mask_ratio = 0.2
 
     config.needles = config_dict.ConfigDict()

@@ -54,7 +54,7 @@ def get_config() -> config_dict.ConfigDict:
     config.memory.rank = 32
     config.memory.alpha = 64.0
     config.memory.layer_fraction = 0.1
-    config.memory.target_modules = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+    config.memory.target_modules = ("mlp",)
     config.memory.scope = "example"
     config.memory.meta_gradient = "first_order"
 

@@ -100,7 +100,7 @@ def save(folder: str | Path, denoiser: LLaDA, theta: Theta) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for path, (name, transposed) in _names(denoiser.config):
         array = np.asarray(_get(theta, path))
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)

@@ -225,16 +225,18 @@ class Pipeline:
         tokens: Any = np.full(shape, self._pad_id, np.int32)
         maskable: Any = np.zeros(shape, bool)
         valid: Any = np.zeros(shape, bool)
+        padding: Any = np.zeros(shape, bool) if self.config.supervise_padding else None
         places = np.flatnonzero(mine != _FILL)
         for place, row in zip(places, self._rows.take(mine[places].tolist()), strict=True):
             end = len(row.tokens)
             tokens[place, :end] = row.tokens
             if self.config.supervise_padding:
                 tokens[place, end:] = self._eos_id
+                padding[place, end:] = True
                 end = planned.length
             maskable[place, row.prompt_length : end] = True
             valid[place, :end] = True
-        return Batch(tokens=tokens, maskable=maskable, valid=valid)
+        return Batch(tokens=tokens, maskable=maskable, valid=valid, padding=padding)
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches of ``start_step``, ``start_step + 1``, ... without end, read ahead in threads.

@@ -23,9 +23,16 @@ def choose_exactly(key: Key, candidates: Mask, count: Int[Array, "b"]) -> Mask:
     Returns:
         [b, l] bool, a subset of ``candidates``.
     """
+    return candidates & (random_ranks(key, candidates) < count[:, None])
+
+
+def random_ranks(key: Key, candidates: Mask) -> Int[Array, "b l"]:
+    """Each candidate's place, from 0, in an order of its row's candidates drawn uniformly.
+
+    Positions that are no candidates come after all that are.
+    """
     scores = jnp.where(candidates, jax.random.uniform(key, candidates.shape), jnp.inf)
-    ranks = jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
-    return candidates & (ranks < count[:, None])
+    return jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
 
 
 def apply_mask(tokens: Tokens, mask: Mask, mask_token_id: int) -> Tokens:

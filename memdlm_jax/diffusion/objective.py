@@ -1,13 +1,56 @@
 """The masked diffusion loss, with logits only at the target positions."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from memdlm_jax.typing import Hidden, Mask, Tokens
+from memdlm_jax.typing import Batch, Hidden, Mask, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """How the outer loss weighs and averages.
+
+    Attributes:
+        weighting: of the rows: ``scheduler``, w(t), or ``uniform``.
+        normalisation: divide the batch's sum by its maskable tokens (``token``, the paper) or by
+            its rows (``batch``), or each row's by its maskable tokens, then by the rows
+            (``sequence``). Rows without a maskable token do not count.
+    """
+
+    weighting: Literal["scheduler", "uniform"] = "scheduler"
+    normalisation: Literal["token", "sequence", "batch"] = "token"
+
+    def __post_init__(self):
+        choices = {"weighting": ("scheduler", "uniform")}
+        choices["normalisation"] = ("token", "sequence", "batch")
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                listed = ", ".join(map(repr, known))
+                raise ValueError(f"loss.{field}={getattr(self, field)!r} must be one of {listed}")
+
+    def row_weights(self, weight: Float[Array, "b"], batch: Batch) -> Float[Array, "b"]:
+        """Turn the schedule's weights into those of the rows' summed losses."""
+        if self.weighting == "uniform":
+            weight = jnp.ones_like(weight)
+        if self.normalisation == "sequence":
+            # As wide as enabled: float64 parity would be lost in a float32 quotient.
+            weight = weight.astype(jnp.result_type(float))
+            weight = weight / jnp.maximum(batch.maskable.sum(-1), 1)
+        return weight
+
+    def normaliser(self, batch: Batch) -> Int[Array, ""]:
+        """What the weighted sum over the batch is divided by; add it up over micro-batches."""
+        counts = batch.maskable.sum(-1)
+        return jnp.sum(counts) if self.normalisation == "token" else jnp.sum(counts > 0)
+
+
+PAPER_LOSS = LossConfig()
 
 
 @flax.struct.dataclass
@@ -52,11 +95,23 @@ def hidden_at(hidden: Hidden, targets: Targets) -> Float[Array, "b c d"]:
     return jnp.take_along_axis(hidden, targets.positions[..., None], axis=1)
 
 
+def weighted_sum(
+    losses: Float[Array, "b c"], targets: Targets, weight: Float[Array, "b"]
+) -> Float[Array, ""]:
+    """Sum of per-target losses over the slots that hold a target, each row times its weight."""
+    rows = jnp.sum(jnp.where(targets.present, losses, 0.0), axis=-1)
+    return jnp.sum(rows * weight.astype(rows.dtype))
+
+
+def token_losses(logits: Float[Array, "b c v"], targets: Targets) -> Float[Array, "b c"]:
+    """-log p(label) of every slot, in nats; meaningless where the slot holds no target."""
+    picked = jnp.take_along_axis(logits, targets.labels[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
 def row_losses(logits: Float[Array, "b c v"], targets: Targets) -> Float[Array, "b"]:
     """Sum of -log p(label) over each row's targets, in nats; zero for a row without any."""
-    picked = jnp.take_along_axis(logits, targets.labels[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - picked
-    return jnp.sum(jnp.where(targets.present, nll, 0.0), axis=-1)
+    return jnp.sum(jnp.where(targets.present, token_losses(logits, targets), 0.0), axis=-1)
 
 
 def correct_counts(logits: Float[Array, "b c v"], targets: Targets) -> Int[Array, "b"]:
@@ -83,5 +138,5 @@ def diffusion_loss(
         Scalar sum. The MDLM loss divides it by the number of *maskable* tokens of the whole
         batch; an inner loss divides it by the number of targets (paper, sections 2 and 4).
     """
-    losses = row_losses(readout(hidden_at(hidden, targets)), targets)
-    return jnp.sum(losses * weight.astype(losses.dtype))
+    losses = token_losses(readout(hidden_at(hidden, targets)), targets)
+    return weighted_sum(losses, targets, weight)

@@ -14,8 +14,8 @@ Curve = Sequence[Mapping[str, float | None]]
 SERIES = {
     "loss/memory_on": ("training, memory on", "tab:orange"),
     "loss/memory_off": ("training, memory off", "tab:blue"),
-    "validation/memory_on": ("validation, memory on", "tab:red"),
-    "validation/memory_off": ("validation, memory off", "tab:green"),
+    "validation/loss/memory_on": ("validation, memory on", "tab:red"),
+    "validation/loss/memory_off": ("validation, memory off", "tab:green"),
 }
 
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import typing
 from typing import Literal
 
-FFN_MODULES = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+FFN_MODULES = ("mlp",)
+ATTENTION_MODULES = ("attention",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,59 +14,119 @@ class MemoryConfig:
     """Settings of fast weights, trajectory, inner loop and meta-gradient (paper, section 4).
 
     Attributes:
-        steps: K, inner steps; 1 stops after pre-anchor alignment, 2 is the paper's default, more
-            put K - 2 intermediate states between pre-anchor and anchor.
-        learning_rate: eta of the inner SGD.
-        clip_norm: bound on the norm of each gradient matrix, ``None`` for no clipping.
+        masking: which states the inner loop walks through. ``pmc``: from the pre-anchor state to
+            the anchor; ``pre_only``: the pre-anchor state alone; ``no_progressive``: the anchor
+            alone; ``progressive_memory``: states of their own that have nothing to do with the
+            anchor, from mask ratio 0.8 down to ``prompt_mask_ratio``.
+        steps: K, states of ``pmc`` and ``progressive_memory``. For ``pmc`` 1 stops before the
+            anchor, 2 is the paper's default, more put K - 2 states in between.
+        epochs: times the trajectory is walked; phi is kept from one to the next.
         pre_anchor_scale: s >= 1; the pre-anchor state masks min(M, floor(s n)) of M maskable
             positions where the anchor masks n.
+        prompt_mask_ratio: in (0, 1]; anchor mask ratio when a prompt is written into memory, and
+            the last ratio of ``progressive_memory``.
+        padding: what becomes of supervised padding (``Batch.padding``): masked and learnt like a
+            response (``none``), left visible in the inner loop (``inner``), or there and in the
+            outer loss (``both``).
+        loss: ``ce`` on the clean tokens, or a distance from what the same model says on the next,
+            more revealed state, which is frozen: ``distill`` (KL from teacher to student),
+            ``distill_reverse`` (from student to teacher), ``distill_hidden`` (last hidden states).
+        hidden_distance: ``mse`` or ``cosine``, of ``distill_hidden``.
+        temperature: divides both logits of ``distill`` and ``distill_reverse``.
+        supervise: positions in an inner loss: all masked ones (``student_masked``) or those that
+            the next state reveals (``newly_revealed``; a last state has none and keeps all).
+        weighting: of the rows in an inner loss: ``scheduler``, w(mask ratio), or ``uniform``.
+        normalisation: divide a group's inner loss by its supervised tokens (``token``) or rows
+            (``batch``), or each row's by its supervised tokens, times rows (``sequence``: this
+            factor is the public code's; alone in its group a row has ``token``).
+        learning_rate: eta of the inner SGD.
+        clip: of the inner gradient: ``local`` bounds the norm of every matrix of every layer,
+            ``global`` that of all matrices of a group together, ``none`` none.
+        clip_norm: that bound; unused with ``none``.
         adapter: ``lora`` (A random, B = 0) or ``full`` (one dense matrix, zero at the start).
         rank: r of a LoRA fast weight.
         alpha: a LoRA fast weight is scaled by alpha / rank.
+        dropout: in [0, 1); probability with which each input of a fast weight is dropped in
+            training, in inner steps and outer loss, but not by a distillation teacher.
         layer_fraction: in (0, 1]; the layers from ``int(n_layers * (1 - fraction))`` on adapt.
-        target_modules: paths of the adapted matrices inside a layer.
-        scope: who shares fast weights: ``example`` (every row has its own) or ``global`` (one for
-            the whole batch, whatever the devices).
-        meta_gradient: ``first_order`` (the paper: the fast weights are constants of the outer
+        target_modules: what adapts inside a layer: paths of matrices, or of modules with all the
+            matrices below them (``("mlp",)``, ``("attention",)``, both).
+        scope: who shares fast weights: ``example`` (every row has its own), ``global`` (one for
+            the whole batch, whatever the devices), or ``device`` (consecutive rows in ``groups``
+            equal parts; what the public code does per process).
+        groups: memories of an optimiser step's whole batch in ``device`` scope, over all devices
+            and micro-batches; 0 in the other scopes.
+        meta_gradient: ``first_order`` (the paper: inner gradients are constants of the outer
             loss), ``trunk_stopped`` (exact through fast weights and head layers) or ``exact``.
-        prompt_mask_ratio: anchor mask ratio when a prompt is written into memory, in (0, 1].
+        learned: what of the inner loop is trained along with theta, any of ``rates`` (a learning
+            rate per matrix and layer, starting at ``learning_rate``) and ``start`` (phi_0's A, or
+            the dense matrix); beyond the paper, see ``memory.learned``.
     """
 
+    masking: Literal["pmc", "pre_only", "no_progressive", "progressive_memory"] = "pmc"
     steps: int = 2
-    learning_rate: float = 0.1
-    clip_norm: float | None = 1.0
+    epochs: int = 1
     pre_anchor_scale: float = 1.5
+    prompt_mask_ratio: float = 0.2
+    padding: Literal["none", "inner", "both"] = "none"
+    loss: Literal["ce", "distill", "distill_reverse", "distill_hidden"] = "ce"
+    hidden_distance: Literal["mse", "cosine"] = "mse"
+    temperature: float = 1.0
+    supervise: Literal["student_masked", "newly_revealed"] = "student_masked"
+    weighting: Literal["scheduler", "uniform"] = "scheduler"
+    normalisation: Literal["token", "sequence", "batch"] = "token"
+    learning_rate: float = 0.1
+    clip: Literal["local", "global", "none"] = "local"
+    clip_norm: float = 1.0
     adapter: Literal["lora", "full"] = "lora"
     rank: int = 32
     alpha: float = 64.0
+    dropout: float = 0.0
     layer_fraction: float = 0.1
     target_modules: tuple[str, ...] = FFN_MODULES
-    scope: Literal["example", "global"] = "example"
+    scope: Literal["example", "global", "device"] = "example"
+    groups: int = 0
     meta_gradient: Literal["first_order", "trunk_stopped", "exact"] = "first_order"
-    prompt_mask_ratio: float = 0.2
+    learned: tuple[Literal["rates", "start"], ...] = ()
 
     def __post_init__(self):
-        _require(self.steps >= 1, "steps", self.steps, "at least 1")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
-        clip_ok = self.clip_norm is None or self.clip_norm > 0
-        _require(clip_ok, "clip_norm", self.clip_norm, "positive, or None for no clipping")
-        scale = self.pre_anchor_scale
-        _require(1 <= scale < math.inf, "pre_anchor_scale", scale, "finite and at least 1")
-        _one_of("adapter", self.adapter, ("lora", "full"))
-        _require(self.rank >= 1, "rank", self.rank, "at least 1")
-        _require(self.alpha > 0, "alpha", self.alpha, "positive")
-        _require(0 < self.layer_fraction <= 1, "layer_fraction", self.layer_fraction, "in (0, 1]")
-        _require(bool(self.target_modules), "target_modules", self.target_modules, "non-empty")
-        _one_of("scope", self.scope, ("example", "global"))
-        _one_of("meta_gradient", self.meta_gradient, ("first_order", "trunk_stopped", "exact"))
-        ratio = self.prompt_mask_ratio
-        _require(0 < ratio <= 1, "prompt_mask_ratio", ratio, "in (0, 1]")
+        for field, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is Literal:
+                self._one_of(field, getattr(self, field), typing.get_args(hint))
+        for field in ("steps", "epochs", "rank"):
+            self._require(field, getattr(self, field) >= 1, "at least 1")
+        for field in ("learning_rate", "clip_norm", "alpha", "temperature"):
+            self._require(field, 0 < getattr(self, field) < math.inf, "positive and finite")
+        self._require("pre_anchor_scale", 1 <= self.pre_anchor_scale < math.inf, "at least 1")
+        for field in ("prompt_mask_ratio", "layer_fraction"):
+            self._require(field, 0 < getattr(self, field) <= 1, "in (0, 1]")
+        self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        if self.masking in ("pre_only", "no_progressive"):
+            self._require("steps", self.steps <= 2, f"1 or 2: masking={self.masking!r} has 1 state")
+        self._require("target_modules", bool(self.target_modules), "non-empty")
+        if self.scope == "device":
+            self._require("groups", self.groups >= 1, "at least 1 with scope='device'")
+        else:
+            self._require("groups", self.groups == 0, f"0 with scope={self.scope!r}")
+        for part in self.learned:
+            self._one_of("learned", part, ("rates", "start"))
+        self._require("learned", len(set(self.learned)) == len(self.learned), "without repeats")
 
+    @property
+    def states(self) -> int:
+        """Inner states of one epoch."""
+        return 1 if self.masking in ("pre_only", "no_progressive") else self.steps
 
-def _require(ok: bool, field: str, value: object, right: str) -> None:
-    if not ok:
-        raise ValueError(f"memory.{field}={value!r} must be {right}")
+    @property
+    def distils(self) -> bool:
+        """Whether the inner loss has a teacher."""
+        return self.loss != "ce"
 
+    def _require(self, field: str, ok: bool, right: str) -> None:
+        if not ok:
+            raise ValueError(f"memory.{field}={getattr(self, field)!r} must be {right}")
 
-def _one_of(field: str, value: object, choices: tuple[str, ...]) -> None:
-    _require(value in choices, field, value, "one of " + ", ".join(map(repr, choices)))
+    def _one_of(self, field: str, value: object, choices: tuple) -> None:
+        if value not in choices:
+            listed = ", ".join(map(repr, choices))
+            raise ValueError(f"memory.{field}={value!r} must be one of {listed}")

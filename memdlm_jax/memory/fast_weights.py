@@ -41,6 +41,49 @@ class Dense:
         return x @ self.W
 
 
+@flax.struct.dataclass
+class Dropped:
+    """A fast weight whose inputs are dropped with probability ``rate``, the rest scaled up.
+
+    Attributes:
+        delta: the fast weight.
+        key: PRNG key of this matrix of this layer; with leading axes, as the leaves of ``delta``.
+        rate: in (0, 1).
+    """
+
+    delta: LowRank | Dense
+    key: Key
+    rate: float = flax.struct.field(pytree_node=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., in] to [..., out]."""
+        keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
+        return self.delta(jnp.where(keep, x / (1 - self.rate), 0))
+
+
+def with_dropout(phi: Phi, key: Key, rate: float) -> Phi:
+    """Let the inputs of every fast weight be dropped, each matrix of each layer on its own.
+
+    Args:
+        phi: fast weights of one group, leaves [layers, ...].
+        key: PRNG key.
+        rate: in [0, 1); 0 returns ``phi`` itself.
+    """
+    if rate == 0:
+        return phi
+
+    deltas, structure = jax.tree.flatten(phi, is_leaf=is_fast_weight)
+    layers = jax.tree.leaves(phi)[0].shape[0]
+    keys = jax.random.split(key, (len(deltas), layers))
+    dropped = [Dropped(delta, keys[i], rate) for i, delta in enumerate(deltas)]
+    return jax.tree.unflatten(structure, dropped)
+
+
+def is_fast_weight(node) -> bool:
+    """Tell the fast weight of one matrix from the trees above it."""
+    return isinstance(node, LowRank | Dense)
+
+
 def first_adapted_layer(num_layers: int, layer_fraction: float) -> int:
     """Index of the first layer with fast weights: int(n (1 - fraction)), as the public code has it.
 
@@ -80,14 +123,8 @@ def init(key: Key, denoiser: Denoiser, config: MemoryConfig, groups: int, dtype=
         ValueError: if a target module is unknown to the denoiser, naming it and those known.
     """
     shapes = denoiser.adaptable()
-    unknown = sorted(set(config.target_modules) - set(shapes))
-    if unknown:
-        raise ValueError(
-            f"memory.target_modules has {unknown}, unknown to this denoiser; "
-            f"it has {sorted(shapes)}"
-        )
     layers = denoiser.num_layers - split_of(denoiser, config)
-    paths = sorted(config.target_modules)
+    paths = adapted_paths(denoiser, config)
     flat = {}
     for path, path_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
         _, rows, columns = shapes[path]
@@ -96,6 +133,24 @@ def init(key: Key, denoiser: Denoiser, config: MemoryConfig, groups: int, dtype=
             lambda leaf: jnp.broadcast_to(leaf, (groups, *leaf.shape)), delta
         )
     return flax.traverse_util.unflatten_dict(flat)
+
+
+def adapted_paths(denoiser: Denoiser, config: MemoryConfig) -> list[str]:
+    """Sorted paths of the matrices of a layer that carry fast weights.
+
+    Raises:
+        ValueError: if a target module has no matrix in this denoiser, naming it and those known.
+    """
+    known, found = denoiser.adaptable(), set()
+    for module in config.target_modules:
+        below = {path for path in known if path == module or path.startswith(f"{module}/")}
+        if not below:
+            raise ValueError(
+                f"memory.target_modules has {module!r}, unknown to this denoiser; "
+                f"it has {sorted(known)} and the modules above them"
+            )
+        found |= below
+    return sorted(found)
 
 
 def _init_one(key: Key, config: MemoryConfig, shape: tuple[int, int, int], dtype):

@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float
 
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.losses import InnerLoss
 from memdlm_jax.typing import Phi, Theta
 
-InnerLoss = Callable[[Theta, Phi, Any], jax.Array]
-"""Loss of one group: (theta, phi without group axis, the group's state) -> scalar."""
+Measure = Callable[[Theta, Phi, Any], jax.Array]
+"""(theta, phi [g, ...], state [g, ...]) -> losses [g]."""
 
 InnerGradient = Callable[[Theta, Phi, Any], tuple[jax.Array, Phi]]
 """(theta, phi [g, ...], state [g, ...]) -> (losses [g], gradient like phi)."""
@@ -30,11 +31,13 @@ class InnerStep:
 
     Attributes:
         loss: inner loss before the step, nats per supervised token (times its weight).
+        loss_after: the same loss on the same state after the step; NaN where not measured.
         gradient_norm: norm of the whole gradient before clipping.
         skipped: the step was left out because loss or gradient was not finite.
     """
 
     loss: Float[Array, "k g"]
+    loss_after: Float[Array, "k g"]
     gradient_norm: Float[Array, "k g"]
     skipped: Bool[Array, "k g"]
 
@@ -45,15 +48,18 @@ def adapt(
     phi: Phi,
     states: Sequence[Any],
     optimizer: optax.GradientTransformation,
+    measure: Measure | None = None,
 ) -> tuple[Phi, InnerStep]:
     """Take one optimiser step on phi per state, in order (paper, equations 5 to 8).
 
     Args:
-        gradient: ``reverse_gradient(loss)`` or ``forward_over_reverse_gradient(loss)``.
+        gradient: ``constant_gradient(loss)``, ``forward_over_reverse_gradient(loss)`` or
+            ``reverse_gradient(loss)``.
         theta: base parameters, read only.
         phi: fast weights, leaves [g, ...].
         states: one per inner step, leaves [g, ...].
         optimizer: applied to every group alone, its state starting afresh.
+        measure: the loss to be recorded after every step, see ``measured``; ``None`` records NaN.
 
     Returns:
         The adapted phi, and the record of the steps. A step whose loss or gradient is not finite
@@ -71,7 +77,9 @@ def adapt(
         updates, new_state = jax.vmap(optimizer.update)(grads, optimizer_state, phi)
         phi = _where(fine, optax.apply_updates(phi, updates), phi)
         optimizer_state = _where(fine, new_state, optimizer_state)
-        records.append(InnerStep(jax.lax.stop_gradient(loss), norm, ~fine))
+        loss = jax.lax.stop_gradient(loss)
+        after = jnp.full_like(loss, jnp.nan) if measure is None else measure(theta, phi, state)
+        records.append(InnerStep(loss, after, norm, ~fine))
     return phi, jax.tree.map(lambda *steps: jnp.stack(steps), *records)
 
 
@@ -91,10 +99,28 @@ def _harmless(fine: Bool[Array, "g"], tree):
     return _where(fine, tree, jax.tree.map(jnp.ones_like, tree))
 
 
-def inner_optimizer(config: MemoryConfig) -> optax.GradientTransformation:
-    """SGD after local clipping (paper, section 4.3)."""
-    sgd = optax.sgd(config.learning_rate)
-    return sgd if config.clip_norm is None else optax.chain(clip_local(config.clip_norm), sgd)
+def inner_optimizer(config: MemoryConfig, rates: Phi = None) -> optax.GradientTransformation:
+    """SGD after clipping (paper, section 4.3).
+
+    Args:
+        config: kind and bound of the clipping, learning rate.
+        rates: learned rates in phi's structure, leaves [layers], in the place of the config's.
+    """
+    clip = {
+        "local": clip_local(config.clip_norm),
+        "global": clip_global(config.clip_norm),
+        "none": optax.identity(),
+    }[config.clip]
+    if rates is None:
+        return optax.chain(clip, optax.sgd(config.learning_rate))
+    return optax.chain(clip, _sgd_per_layer(rates))
+
+
+def _sgd_per_layer(rates: Phi) -> optax.GradientTransformation:
+    def step(g, rate):
+        return -rate.reshape(-1, *(1,) * (g.ndim - 1)) * g
+
+    return _stateless(lambda grads: jax.tree.map(step, grads, rates))
 
 
 def clip_local(norm: float) -> optax.GradientTransformation:
@@ -104,20 +130,69 @@ def clip_local(norm: float) -> optax.GradientTransformation:
     tensor; the factor is norm / (|g| + 1e-12).
     """
 
+    def clip(grads):
+        def one(g):
+            return g * _clip_factor(jnp.sum(g**2, axis=(-2, -1), keepdims=True), norm)
+
+        return jax.tree.map(one, grads)
+
+    return _stateless(clip)
+
+
+def clip_global(norm: float) -> optax.GradientTransformation:
+    """Scale all gradients by one factor where their common norm exceeds ``norm``."""
+
+    def clip(grads):
+        square = sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+        return jax.tree.map(lambda g: g * _clip_factor(square, norm), grads)
+
+    return _stateless(clip)
+
+
+def _stateless(change: Callable[[Phi], Phi]) -> optax.GradientTransformation:
     def update(grads, state, params=None):
         del params
-        return jax.tree.map(lambda g: _clip_matrix(g, norm), grads), state
+        return change(grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _clip_matrix(g: jax.Array, bound: float) -> jax.Array:
+def _clip_factor(square: jax.Array, bound: float) -> jax.Array:
     # The gradient of A is exactly zero at phi_0 (B = 0), where d|g|/dg is 0/0: without the inner
     # ``where`` the meta-gradient would be NaN from the first step on.
-    square = jnp.sum(g**2, axis=(-2, -1), keepdims=True)
     norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
     exceeds = (square > 0) & (norm > bound)
-    return g * jnp.where(exceeds, bound / (norm + 1e-12), 1.0)
+    return jnp.where(exceeds, bound / (norm + 1e-12), 1.0)
+
+
+def measured(loss: InnerLoss, wanted: bool | jax.Array, axis_name: str | None = None) -> Measure:
+    """Losses of all groups as plain numbers, no derivative, computed only where ``wanted``."""
+
+    def measure(theta, phi, state):
+        theta, phi, state = jax.lax.stop_gradient((theta, phi, state))
+
+        def compute():
+            return jax.vmap(loss, in_axes=(None, 0, 0))(theta, phi, state)
+
+        unknown = jax.eval_shape(compute)
+        unknown = jnp.full(unknown.shape, jnp.nan, unknown.dtype)
+        if isinstance(wanted, bool):
+            found = compute() if wanted else unknown
+        else:
+            found = jax.lax.cond(wanted, compute, lambda: unknown)
+        return _over_devices(found, axis_name)
+
+    return measure
+
+
+def constant_gradient(loss: InnerLoss, axis_name: str | None = None) -> InnerGradient:
+    """Gradient in phi of every group's loss, without a derivative of its own: first order."""
+    rule = reverse_gradient(loss, axis_name)
+
+    def value_and_gradient(theta, phi, state):
+        return jax.lax.stop_gradient(rule(theta, phi, state))
+
+    return value_and_gradient
 
 
 def reverse_gradient(loss: InnerLoss, axis_name: str | None = None) -> InnerGradient:

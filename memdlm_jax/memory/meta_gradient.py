@@ -3,26 +3,31 @@
 The three meta-gradients differ only in where ``stop_gradient`` stands and in the rule of the inner
 gradient:
 
-* ``first_order``: everything the inner loop reads is a constant, so phi_K is one (the paper);
+* ``first_order``: inner gradients are constants, so phi_K is one (the paper);
 * ``trunk_stopped``: the hidden states that the inner loop reads are constants;
 * ``exact``: nothing is.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from memdlm_jax.diffusion import objective
+from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule, loss_weight
-from memdlm_jax.memory import fast_weights, inner_loop
+from memdlm_jax.memory import fast_weights, inner_loop, learned, losses
 from memdlm_jax.memory import trajectory as trajectories
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.inner_loop import InnerStep
+from memdlm_jax.memory.learned import InnerParameters
+from memdlm_jax.memory.losses import HeadState, InnerLoss
 from memdlm_jax.memory.trajectory import State, Trajectory
-from memdlm_jax.typing import Batch, Denoiser, Hidden, Key, Mask, Phi, Theta
+from memdlm_jax.typing import Batch, Denoiser, Hidden, Key, Mask, Phi, Theta, Tokens
 
 Corrupt = Callable[[Key, Batch], tuple[Mask, Float[Array, "b"]]]
 """(key, batch) -> (anchor mask [b, l] within ``maskable``, loss weight [b])."""
@@ -38,7 +43,8 @@ class OuterLoss:
         memory_off: the same loss on the same masks with phi = None; NaN where not asked for.
         maskable: maskable tokens of the batch.
         inner: record of the inner steps; ``None`` without memory.
-        phi_norm: mean over the groups of |phi_K - phi_0|; ``None`` without memory.
+        phi_norm: mean over the groups of |phi_K|; ``None`` without memory.
+        phi_change: mean over the groups of |phi_K - phi_0|; ``None`` without memory.
         phi: the adapted fast weights phi_K; ``None`` without memory.
     """
 
@@ -47,16 +53,17 @@ class OuterLoss:
     maskable: Int[Array, ""]
     inner: InnerStep | None = None
     phi_norm: Float[Array, ""] | None = None
+    phi_change: Float[Array, ""] | None = None
     phi: Phi = None
 
 
-def step_keys(key: Key, axis_name: str | None = None) -> tuple[Key, Key, Key]:
-    """Keys of phi_0, the anchor and the inner masks; the last two differ between devices."""
-    phi_key, anchor_key, mask_key = jax.random.split(key, 3)
+def step_keys(key: Key, axis_name: str | None = None) -> tuple[Key, Key, Key, Key]:
+    """Keys of phi_0 and, different on every device, of the anchor, inner masks and dropout."""
+    phi_key, *others = jax.random.split(key, 4)
     if axis_name is not None:
         device = jax.lax.axis_index(axis_name)
-        anchor_key, mask_key = (jax.random.fold_in(k, device) for k in (anchor_key, mask_key))
-    return phi_key, anchor_key, mask_key
+        others = [jax.random.fold_in(k, device) for k in others]
+    return phi_key, *others
 
 
 def draw_anchor(
@@ -66,14 +73,17 @@ def draw_anchor(
     schedule: LinearSchedule,
     capacity: int | None = None,
     corrupt: Corrupt | None = None,
-) -> tuple[Mask, State]:
-    """Draw the outer loss's mask [b, l] and its state x_t, by the schedule or by ``corrupt``."""
+    loss: LossConfig = PAPER_LOSS,
+) -> tuple[Mask, Float[Array, "b"], State]:
+    """Draw the outer loss's mask [b, l], the schedule's (or ``corrupt``'s) weights and x_t."""
     if corrupt is None:
         mask, t = trajectories.draw_anchor(key, batch, schedule)
         weight = loss_weight(t)
     else:
         mask, weight = corrupt(key, batch)
-    return mask, trajectories.anchor_state(batch, mask, weight, denoiser.mask_token_id, capacity)
+    weights = loss.row_weights(weight, batch)
+    state = trajectories.anchor_state(batch, mask, weights, denoiser.mask_token_id, capacity)
+    return mask, weight, state
 
 
 def draw(
@@ -86,6 +96,9 @@ def draw(
     capacity: int | None = None,
     axis_name: str | None = None,
     corrupt: Corrupt | None = None,
+    loss: LossConfig = PAPER_LOSS,
+    micro_batches: int = 1,
+    training: bool = True,
 ) -> tuple[Phi, State, Trajectory]:
     """Draw all that is random in one step: phi_0, the anchor, and the trajectory to it.
 
@@ -99,24 +112,44 @@ def draw(
         capacity: target slots of a row, see ``objective.gather_targets``.
         axis_name: device axis, if any.
         corrupt: draws the anchor's mask and weight in the schedule's place.
+        loss: how the outer loss weighs its rows.
+        micro_batches: parts of a device's rows of which ``batch`` is one.
+        training: whether inputs of fast weights are dropped, where the config says so.
+
+    Raises:
+        ValueError: if the rows cannot be shared out among the config's memories.
     """
-    phi_key, anchor_key, mask_key = step_keys(key, axis_name)
-    mask, anchor = draw_anchor(anchor_key, denoiser, batch, schedule, capacity, corrupt)
-    masks = trajectories.draw_masks(
-        mask_key, batch.maskable, mask, config.steps, config.pre_anchor_scale
+    phi_key, anchor_key, mask_key, dropout_key = step_keys(key, axis_name)
+    outer = trajectories.without_padding(batch) if config.padding == "both" else batch
+    mask, weight, anchor = draw_anchor(
+        anchor_key, denoiser, outer, schedule, capacity, corrupt, loss
     )
-    groups = number_of_groups(config, batch.tokens.shape[0])
-    shared_axis = axis_name if config.scope == "global" else None
-    states = trajectories.inner_states(
-        batch, masks, denoiser.mask_token_id, capacity, groups, axis_name=shared_axis
-    )
-    phi = fast_weights.init(phi_key, denoiser, config, groups)
-    return phi, anchor, Trajectory(states, ends_at_anchor=config.steps >= 2)
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    groups = number_of_groups(config, batch.tokens.shape[0], devices * micro_batches)
+    trajectory = trajectories.draw(
+        mask_key, config, batch, mask, weight, denoiser.mask_token_id, groups,
+        capacity=capacity, axis_name=axis_name if config.scope == "global" else None,
+        dropout_key=dropout_key if training else None,
+    )  # fmt: skip
+    return fast_weights.init(phi_key, denoiser, config, groups), anchor, trajectory
 
 
-def number_of_groups(config: MemoryConfig, rows: int) -> int:
-    """Memories of a batch (on one device): one per row, or one in all."""
-    return rows if config.scope == "example" else 1
+def number_of_groups(config: MemoryConfig, rows: int, parts: int = 1) -> int:
+    """Memories of ``rows`` rows, which are one of ``parts`` equal parts of a step's batch.
+
+    Raises:
+        ValueError: if the ``device`` scope's groups do not divide the parts and their rows evenly.
+    """
+    if config.scope == "example":
+        return rows
+    if config.scope == "global":
+        return 1
+    if config.groups % parts or rows % (config.groups // parts):
+        raise ValueError(
+            f"memory.groups={config.groups} must be a multiple of the {parts} parts (devices times "
+            f"micro-batches) of a step's batch, and share out the {rows} rows of a part evenly"
+        )
+    return config.groups // parts
 
 
 def outer_loss(
@@ -130,6 +163,9 @@ def outer_loss(
     *,
     with_memory_off: bool | jax.Array = True,
     axis_name: str | None = None,
+    inner: InnerParameters | None = None,
+    inner_loss: InnerLoss | None = None,
+    inner_optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[Float[Array, ""], OuterLoss]:
     """Adapt phi along the trajectory, then take the MDLM loss at the anchor (paper, section 4).
 
@@ -141,35 +177,57 @@ def outer_loss(
         batch: clean rows; only ``valid`` and ``maskable`` are read.
         anchor: x_t, its targets and w(t).
         trajectory: states of the inner loop.
-        with_memory_off: also compute the loss without memory (no gradient flows through it).
+        with_memory_off: also compute the loss without memory, and the inner losses after each step
+            (no gradient flows through them).
         axis_name: device axis over which a ``global`` memory is shared.
+        inner: the learned inner loop's parameters.
+        inner_loss: loss of one group's ``HeadState`` in the place of the config's; with a
+            ``global`` memory on several devices, of a device's share.
+        inner_optimizer: any optax optimiser in the place of the config's clipped SGD.
 
     Returns:
         (sum of the memory-on loss over this batch, all sums).
+
+    Raises:
+        ValueError: if learned rates meet an ``inner_optimizer``, which would not use them.
     """
     split = fast_weights.split_of(denoiser, config)
-    groups = fast_weights.number_of_groups(phi)
     inner_theta, hold_hidden = _inner_view(config, theta)
     hidden = denoiser.trunk(theta, anchor.tokens, batch.valid, split=split)
-    hiddens = [
-        denoiser.trunk(inner_theta, state.tokens, batch.valid, split=split)
-        for state in trajectory.states[: -1 if trajectory.ends_at_anchor else None]
-    ] + [hidden] * trajectory.ends_at_anchor
-    steps = [
-        (hold_hidden(h), batch.valid, None, state.targets, state.weight)
-        for h, state in zip(hiddens, trajectory.states, strict=True)
-    ]
-    gradient = _inner_gradient(denoiser, config, split, axis_name)
-    optimizer = inner_loop.inner_optimizer(config)
-    adapted, inner = inner_loop.adapt(
-        gradient, inner_theta, phi, fast_weights.group_rows(steps, groups), optimizer
-    )
-    memory_on = anchor_loss(denoiser, theta, adapted, hidden, batch.valid, anchor, split=split)
+    steps = head_states(
+        denoiser, config, inner_theta, trajectory, batch.valid, None,
+        fast_weights.number_of_groups(phi), anchor_hidden=hidden, hold=hold_hidden,
+    )  # fmt: skip
+    phi = learned.started(inner, phi)
+    loss = losses.build(denoiser, config) if inner_loss is None else inner_loss
+    shared_axis = axis_name if config.scope == "global" else None
+    adapted, record = inner_loop.adapt(
+        _RULES[config.meta_gradient](loss, shared_axis), inner_theta, phi, steps,
+        optimizer_of(config, inner, inner_optimizer),
+        inner_loop.measured(loss, with_memory_off, shared_axis),
+    )  # fmt: skip
+    used = adapted
+    if trajectory.dropout is not None:
+        drop = functools.partial(fast_weights.with_dropout, rate=config.dropout)
+        used = jax.vmap(drop)(adapted, trajectory.dropout[-1])
+    memory_on = anchor_loss(denoiser, theta, used, hidden, batch.valid, anchor, split=split)
     memory_off = _memory_off(denoiser, theta, hidden, batch.valid, anchor, split, with_memory_off)
-    moved = jax.tree.map(jnp.subtract, adapted, phi)
-    norm = jax.lax.stop_gradient(fast_weights.group_norms(moved).mean())
+    norm, change = jax.lax.stop_gradient(
+        [fast_weights.group_norms(x).mean() for x in (adapted, _difference(adapted, phi))]
+    )
     maskable = jnp.sum(batch.maskable)
-    return memory_on, OuterLoss(memory_on, memory_off, maskable, inner, norm, adapted)
+    return memory_on, OuterLoss(memory_on, memory_off, maskable, record, norm, change, adapted)
+
+
+_RULES = {
+    "first_order": inner_loop.constant_gradient,
+    "trunk_stopped": inner_loop.forward_over_reverse_gradient,
+    "exact": inner_loop.forward_over_reverse_gradient,
+}
+
+
+def _difference(a: Phi, b: Phi) -> Phi:
+    return jax.tree.map(jnp.subtract, a, b)
 
 
 def _inner_view(config: MemoryConfig, theta: Theta):
@@ -180,31 +238,73 @@ def _inner_view(config: MemoryConfig, theta: Theta):
     return theta, stop if config.meta_gradient == "trunk_stopped" else lambda hidden: hidden
 
 
-def _inner_gradient(denoiser: Denoiser, config: MemoryConfig, split: int, axis_name: str | None):
-    """The gradient rule that the config's meta-gradient needs."""
+def optimizer_of(
+    config: MemoryConfig,
+    inner: InnerParameters | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """The given optimiser, or clipped SGD with learned or fixed rates."""
+    rates = learned.rates(inner)
+    if optimizer is None:
+        return inner_loop.inner_optimizer(config, rates)
+    if rates is not None:
+        raise ValueError("learned has 'rates', but another inner optimiser has rates of its own")
+    return optimizer
 
-    def loss(theta, phi, state):
-        return denoising_loss(denoiser, theta, phi, state, split=split)
 
-    first_order = config.meta_gradient == "first_order"
-    rule = inner_loop.reverse_gradient if first_order else inner_loop.forward_over_reverse_gradient
-    return rule(loss, axis_name if config.scope == "global" else None)
-
-
-def denoising_loss(denoiser: Denoiser, theta: Theta, phi: Phi, state, *, split: int):
-    """Inner loss of one group: weighted sum of -log p(x_0 | x) over its targets (paper, eq. 5).
+def head_states(
+    denoiser: Denoiser,
+    config: MemoryConfig,
+    theta: Theta,
+    trajectory: Trajectory,
+    valid: Mask | None,
+    position_ids: Tokens | None,
+    groups: int,
+    *,
+    anchor_hidden: Hidden | None = None,
+    hold: Callable[[Hidden], Hidden] = lambda hidden: hidden,
+) -> list[HeadState]:
+    """Run the trunk on every state once; one ``HeadState`` per inner step, leaves [groups, ...].
 
     Args:
         denoiser: the backbone.
-        theta: base parameters.
-        phi: fast weights of this group, without group axis.
-        state: (hidden [rows, l, d] from the trunk, valid [rows, l], position ids or ``None``,
-            targets, weight [rows]).
-        split: number of trunk layers.
+        config: memory settings.
+        theta: base parameters as the inner loop sees them.
+        trajectory: states, and what teachers read.
+        valid: [b, l] bool or ``None``.
+        position_ids: [b, l] int32 or ``None``.
+        groups: memories.
+        anchor_hidden: the trunk's output on the anchor, if there is one to share.
+        hold: applied to what the inner loop reads.
     """
-    hidden, valid, position_ids, targets, weight = state
-    last = denoiser.head(theta, phi, hidden, valid, position_ids, split=split)
-    return objective.diffusion_loss(lambda h: denoiser.readout(theta, h), last, targets, weight)
+    split = fast_weights.split_of(denoiser, config)
+
+    def read(tokens, theta=theta):
+        return denoiser.trunk(theta, tokens, valid, position_ids, split=split)
+
+    shares = trajectory.ends_at_anchor and anchor_hidden is not None
+    inputs = [read(state.tokens) for state in trajectory.states[: -1 if shares else None]]
+    inputs = inputs + [anchor_hidden] * shares
+    teachers: list[Hidden | None] = [None] * len(inputs)
+    if config.distils:
+        stop = jax.lax.stop_gradient
+        if trajectory.after is None:
+            if anchor_hidden is None:
+                raise ValueError("trajectory.after=None is the anchor, but no anchor is given")
+            after = anchor_hidden
+        else:
+            after = read(trajectory.after, stop(theta))
+        order = trajectory.teachers or range(1, len(inputs) + 1)
+        teachers = [stop([*inputs, after][i]) for i in order]
+    steps = [
+        HeadState(hold(hidden), valid, position_ids, state.targets, state.weight, teacher)
+        for hidden, state, teacher in zip(inputs, trajectory.states, teachers, strict=True)
+    ]
+    steps = fast_weights.group_rows(steps, groups) * trajectory.epochs
+    if trajectory.dropout is None:
+        return steps
+    inner_keys = trajectory.dropout[:-1]
+    return [step.replace(dropout_key=inner_keys[k]) for k, step in enumerate(steps)]
 
 
 def anchor_loss(

@@ -1,19 +1,24 @@
 """The anchor and the denoising states that the inner loop walks through.
 
 Everything random of one step is drawn here, so that what follows is a deterministic function: a
-replay puts recorded masks in the place of ``draw_anchor`` and ``draw_masks``.
+replay puts a recorded ``Trajectory`` in the place of ``draw``.
 """
 
+import dataclasses
 import fractions
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from memdlm_jax.diffusion import masking, objective, schedule
 from memdlm_jax.diffusion.objective import Targets
+from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.typing import Batch, Key, Mask, Tokens
+
+PROGRESSIVE_START = 0.8
+"""First mask ratio of ``progressive_memory``, the public code's."""
 
 
 @flax.struct.dataclass
@@ -33,16 +38,27 @@ class State:
 
 @flax.struct.dataclass
 class Trajectory:
-    """States in the order of the inner steps.
+    """States in the order of the inner steps, and what distillation teachers read.
 
     Attributes:
-        states: one per inner step.
+        states: one per inner step of an epoch.
         ends_at_anchor: the last state's tokens are those of the anchor, so its trunk is shared
             with the outer loss.
+        after: [b, l] int32, what follows the last state: the clean tokens; ``None`` is the anchor.
+            Read by teachers only.
+        dropout: keys of the inputs' dropout, [inner steps + 1, groups], the last ones for the
+            outer loss; ``None`` without dropout.
+        teachers: which state the teacher of each state reads, ``len(states)`` being ``after``;
+            ``None`` is the next one.
+        epochs: times the states are walked.
     """
 
     states: tuple[State, ...]
     ends_at_anchor: bool = flax.struct.field(pytree_node=False)
+    after: Tokens | None = None
+    dropout: Key | None = None
+    teachers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+    epochs: int = flax.struct.field(pytree_node=False, default=1)
 
 
 def draw_anchor(
@@ -56,11 +72,101 @@ def draw_anchor(
 
 def anchor_state(batch: Batch, mask: Mask, weight, mask_token_id: int, capacity) -> State:
     """Build x_t with its targets: all masked positions."""
+    return _state(batch, mask, mask, weight, mask_token_id, capacity)
+
+
+def _state(batch: Batch, mask: Mask, supervised: Mask, weight, mask_token_id, capacity) -> State:
     tokens = masking.apply_mask(batch.tokens, mask, mask_token_id)
-    return State(tokens, objective.gather_targets(batch.tokens, mask, capacity), weight)
+    return State(tokens, objective.gather_targets(batch.tokens, supervised, capacity), weight)
 
 
-def draw_masks(key: Key, maskable: Mask, anchor: Mask, steps: int, scale: float) -> list[Mask]:
+def without_padding(batch: Batch) -> Batch:
+    """The batch with its supervised padding visible to all and learnt by none."""
+    if batch.padding is None:
+        return batch
+    return dataclasses.replace(batch, maskable=batch.maskable & ~batch.padding)
+
+
+def draw(
+    key: Key,
+    config: MemoryConfig,
+    batch: Batch,
+    anchor: Mask,
+    weight: Float[Array, "b"],
+    mask_token_id: int,
+    groups: int,
+    *,
+    capacity: int | None = None,
+    axis_name: str | None = None,
+    dropout_key: Key | None = None,
+) -> Trajectory:
+    """Draw the states of the inner loop under any masking strategy.
+
+    Args:
+        key: PRNG key.
+        config: strategy, steps, supervised positions, weights, normalisation, padding policy.
+        batch: clean rows; positions to be masked are among ``maskable``.
+        anchor: [b, l] bool, the outer mask, a subset of ``maskable``.
+        weight: [b] loss weight of the anchor, which ``no_progressive`` takes over.
+        mask_token_id: id of the mask token.
+        groups: memories; the rows of each are consecutive and as many.
+        capacity: target slots of a row, see ``objective.gather_targets``.
+        axis_name: device axis over which one memory is shared, if any.
+        dropout_key: PRNG key of the inputs' dropout; ``None`` drops nothing.
+    """
+    inner = batch if config.padding == "none" else without_padding(batch)
+    shared_anchor = inner is batch or config.padding == "both"
+    end = anchor if shared_anchor else anchor & inner.maskable
+    masks, weights = draw_masks(key, config, inner.maskable, end, weight)
+    follows = [*masks[1:], end if config.masking == "pre_only" else None]
+    states = []
+    for mask, following, row_weight in zip(masks, follows, weights, strict=True):
+        supervised = mask
+        if config.supervise == "newly_revealed" and following is not None:
+            supervised = mask & ~following
+        if config.weighting == "uniform":
+            row_weight = jnp.ones_like(row_weight)
+        row_weight = normalised(
+            row_weight, supervised.sum(-1), groups, config.normalisation, axis_name
+        )
+        states.append(_state(batch, mask, supervised, row_weight, mask_token_id, capacity))
+    at_anchor = config.masking == "no_progressive" or (config.masking == "pmc" and config.steps > 1)
+    after: Tokens | None = batch.tokens
+    if config.masking == "pre_only":
+        after = None if shared_anchor else masking.apply_mask(batch.tokens, end, mask_token_id)
+    dropout = None
+    if config.dropout and dropout_key is not None:
+        dropout = jax.random.split(dropout_key, (len(states) * config.epochs + 1, groups))
+    return Trajectory(
+        tuple(states),
+        ends_at_anchor=at_anchor and shared_anchor,
+        after=after if config.distils else None,
+        dropout=dropout,
+        epochs=config.epochs,
+    )
+
+
+def draw_masks(
+    key: Key, config: MemoryConfig, maskable: Mask, anchor: Mask, weight: Float[Array, "b"]
+) -> tuple[list[Mask], list[Float[Array, "b"]]]:
+    """Masks [b, l] of the inner states, and the schedule's weight [b] of each (paper, section 4.2).
+
+    ``pmc`` and ``pre_only`` weigh by the actual mask ratio, ``progressive_memory`` by the nominal
+    one, ``no_progressive`` takes ``weight``, the anchor's.
+    """
+    if config.masking == "no_progressive":
+        return [anchor], [weight]
+    if config.masking == "progressive_memory":
+        return _independent_masks(key, config, maskable)
+    masks = anchor_consistent_masks(key, maskable, anchor, config.states, config.pre_anchor_scale)
+    available = jnp.maximum(maskable.sum(-1), 1)
+    ratios = [mask.sum(-1).astype(jnp.float32) / available for mask in masks]
+    return masks, [schedule.loss_weight(ratio) for ratio in ratios]
+
+
+def anchor_consistent_masks(
+    key: Key, maskable: Mask, anchor: Mask, steps: int, scale: float
+) -> list[Mask]:
     """Draw the masks of an anchor-consistent trajectory (``pmc``; paper, section 4.2).
 
     Args:
@@ -79,8 +185,7 @@ def draw_masks(key: Key, maskable: Mask, anchor: Mask, steps: int, scale: float)
     masked, available = anchor.sum(-1), maskable.sum(-1)
     wanted = masked * exact.numerator // exact.denominator
     extra = jnp.clip(wanted, masked, available) - masked
-    scores = jnp.where(maskable & ~anchor, jax.random.uniform(key, anchor.shape), jnp.inf)
-    ranks = jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
+    ranks = masking.random_ranks(key, maskable & ~anchor)
     masks, left = [], extra
     for transitions in range(steps - 1, -1, -1):
         masks.append(anchor | (maskable & (ranks < left[:, None])))
@@ -88,43 +193,55 @@ def draw_masks(key: Key, maskable: Mask, anchor: Mask, steps: int, scale: float)
     return masks
 
 
-def inner_states(
-    batch: Batch,
-    masks: list[Mask],
-    mask_token_id: int,
-    capacity: int | None,
+def _independent_masks(
+    key: Key, config: MemoryConfig, maskable: Mask
+) -> tuple[list[Mask], list[Float[Array, "b"]]]:
+    """``progressive_memory``: Bernoulli at the first ratio, then revealed down to each ratio.
+
+    The ratios fall linearly from 0.8 to ``prompt_mask_ratio``; one state has the latter. After the
+    first a state masks min(as many as before, floor(ratio M)) of M maskable positions.
+    """
+    mask_key, order_key = jax.random.split(key)
+    last, steps = config.prompt_mask_ratio, config.steps
+    first = PROGRESSIVE_START if steps > 1 else last
+    ratios = [first + (last - first) * k / max(steps - 1, 1) for k in range(steps)]
+    rows = maskable.shape[0]
+    mask = masking.bernoulli_mask(mask_key, maskable, jnp.full((rows,), first))
+    ranks = masking.random_ranks(order_key, mask)
+    masks = [mask]
+    for ratio in ratios[1:]:
+        exact = fractions.Fraction(ratio).limit_denominator(1000)
+        wanted = maskable.sum(-1) * exact.numerator // exact.denominator
+        masks.append(mask & (ranks < wanted[:, None]))
+    return masks, [schedule.loss_weight(jnp.full((rows,), ratio)) for ratio in ratios]
+
+
+def normalised(
+    weight: Float[Array, "b"],
+    counts: Int[Array, "b"],
     groups: int,
-    *,
-    uniform_weights: bool = False,
+    normalisation: str = "token",
     axis_name: str | None = None,
-) -> tuple[State, ...]:
-    """Turn masks into inner states whose targets are the clean tokens at all masked positions.
+) -> Float[Array, "b"]:
+    """Put the normaliser of a group's loss into its rows' weights.
 
     Args:
-        batch: clean rows.
-        masks: [b, l] bool for every inner step.
-        mask_token_id: id of the mask token.
-        capacity: target slots of a row, see ``objective.gather_targets``.
-        groups: rows are averaged within their group: the loss of a group is divided by its number
-            of supervised tokens (the public code's ``token`` normalisation).
-        uniform_weights: weigh all rows alike (prompts) instead of by w(actual mask ratio).
-        axis_name: sum the token count over this device axis (``global`` scope under ``pmap``).
+        weight: [b] weight of each row.
+        counts: [b] supervised tokens of each row.
+        groups: memories.
+        normalisation: divide by the group's supervised tokens (``token``) or its rows (``batch``);
+            ``sequence`` divides by the row's supervised tokens and multiplies by the rows.
+        axis_name: device axis over which one memory is shared, if any.
     """
-    available = jnp.maximum(batch.maskable.sum(-1), 1)
-    states = []
-    for mask in masks:
-        ratio = mask.sum(-1).astype(jnp.float32) / available
-        weight = jnp.ones_like(ratio) if uniform_weights else schedule.loss_weight(ratio)
-        weight = normalised(weight, mask.sum(-1), groups, axis_name)
-        states.append(anchor_state(batch, mask, weight, mask_token_id, capacity))
-    return tuple(states)
-
-
-def normalised(weight, counts, groups: int, axis_name: str | None = None) -> Float[Array, "b"]:
-    """Divide each row's weight by the number of supervised tokens of its group."""
+    per_group = weight.shape[0] // groups
     total = counts.reshape(groups, -1).sum(-1)
+    rows = jnp.asarray(per_group)
     if axis_name is not None:
-        total = jax.lax.psum(total, axis_name)
+        total, rows = jax.lax.psum((total, rows), axis_name)
     # As wide as enabled: float64 parity would be lost in a float32 quotient.
     weight = weight.astype(jnp.result_type(float))
-    return weight / jnp.repeat(jnp.maximum(total, 1), weight.shape[0] // groups)
+    if normalisation == "token":
+        return weight / jnp.repeat(jnp.maximum(total, 1), per_group)
+    if normalisation == "batch":
+        return weight / rows
+    return weight / jnp.maximum(counts, 1) * rows

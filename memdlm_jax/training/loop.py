@@ -20,7 +20,7 @@ from memdlm_jax.training.metrics import MetricsWriter
 from memdlm_jax.training.parallel import CompiledSteps
 from memdlm_jax.training.speed import Speed, Trace
 from memdlm_jax.training.state import TrainState
-from memdlm_jax.training.step import Metrics, StepSetup
+from memdlm_jax.training.step import Metrics, StepSetup, metrics_of
 from memdlm_jax.typing import Batch, Theta
 
 logger = logging.getLogger(__name__)
@@ -179,6 +179,7 @@ def describe(setup: StepSetup) -> dict[str, Any]:
         "memory": setup.memory,
         "optimizer": setup.optimizer,
         "schedule": setup.schedule,
+        "loss": setup.loss,
     }
     return {name: value for prefix, part in parts.items() for name, value in _flat(prefix, part)}
 
@@ -274,7 +275,7 @@ class _Loop:
         loss, every = None, self.config.validate_every
         if self.validation and every and self._due(every):
             scores = self._validate()
-            loss = scores["memory_off"]
+            loss = scores["loss/memory_off"]
             if self.probe is not None:
                 scores |= self.probe(self.progress.state.theta)
             metrics |= {f"validation/{name}": value for name, value in scores.items()}
@@ -297,7 +298,7 @@ class _Loop:
     def _validate(self) -> dict[str, float]:
         p = self.progress
         scores = validate(self.steps, p.state.theta, self.validation, self.config.validation_seed)
-        if not math.isfinite(scores["memory_off"]):
+        if not math.isfinite(scores["loss/memory_off"]):
             raise NotFinite(f"step {p.step}: validation loss is {scores['memory_off']}")
         return scores
 
@@ -333,19 +334,17 @@ def ahead(
 def validate(
     steps: CompiledSteps, theta: Theta, batches: Sequence[Batch], seed: int
 ) -> dict[str, float]:
-    """Losses with and without memory over all batches, in nats per maskable token.
+    """Losses with and without memory over all batches, and the inner loop's metrics.
 
-    Batch i is masked with a key that depends on ``seed`` and i alone.
+    Names and units are those of ``step.metrics_of``. Batch i is masked with a key that depends on
+    ``seed`` and i alone.
     """
     key = jax.random.key(seed)
     sums = [
         steps.evaluate(theta, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(batches)
     ]
-    sums = jax.device_get(sums)
-    maskable = max(sum(int(one.maskable) for one in sums), 1)
-    on = sum(float(one.memory_on) for one in sums) / maskable
-    off = sum(float(one.memory_off) for one in sums) / maskable
-    return {"memory_on": on, "memory_off": off}
+    total = jax.tree.map(lambda *leaves: sum(leaves), *jax.device_get(sums))
+    return {name: float(value) for name, value in metrics_of(total).items()}
 
 
 @contextlib.contextmanager

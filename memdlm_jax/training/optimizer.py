@@ -26,6 +26,8 @@ class OptimizerConfig:
         epsilon: added to the root of the second moment.
         weight_decay: decoupled decay of the matrices, see ``decayed``.
         clip_norm: bound on the global norm of the gradient, ``None`` for no clipping.
+        inner_scale: learning rate of a learned inner loop's parameters, in multiples of
+            ``learning_rate``; its logarithmic rates move little at theta's pace.
         accumulation: micro-batches that a batch is cut into; they change memory use, not the loss.
     """
 
@@ -39,12 +41,13 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+    inner_scale: float = 100.0
     accumulation: int = 1
 
     def __post_init__(self):
         for field in ("total_steps", "accumulation"):
             self._require(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("learning_rate", "epsilon"):
+        for field in ("learning_rate", "epsilon", "inner_scale"):
             self._require(field, getattr(self, field) > 0, "positive")
         for field in ("beta1", "beta2", "warmup_fraction"):
             self._require(field, 0 <= getattr(self, field) < 1, "in [0, 1)")
@@ -83,20 +86,35 @@ def build(config: OptimizerConfig) -> optax.GradientTransformation:
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(lambda step: learning_rate_at(config, step)),
+        _scale_inner(config.inner_scale),
     )
+
+
+def _scale_inner(factor: float) -> optax.GradientTransformation:
+    def scale(path, update):
+        return update * factor if _of_inner_loop(path) else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def _of_inner_loop(path) -> bool:
+    """Whether a parameter is one of ``memory.learned.WithInner.inner``."""
+    return bool(path) and getattr(path[0], "name", "") == "inner"
 
 
 def decayed(theta: Theta) -> Theta:
     """Tell for every leaf whether weight decay applies to it.
 
     The rule is by name, as stacked norm scales look like matrices: no decay under ``embedding`` or
-    a name ending in ``norm``, nor on a ``bias`` or ``scale``. The unembedding decays.
+    a name ending in ``norm``, nor on a ``bias`` or ``scale``, nor on a learned inner loop. The
+    unembedding decays.
     """
 
     def rule(path, leaf) -> bool:
         del leaf
         names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
         spared = any(name == "embedding" or name.endswith("norm") for name in names)
+        spared = spared or _of_inner_loop(path)
         return not (spared or names[-1] in ("bias", "scale"))
 
     return jax.tree_util.tree_map_with_path(rule, theta)

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule
-from memdlm_jax.memory import fast_weights, meta_gradient
+from memdlm_jax.memory import fast_weights, learned, meta_gradient, trajectory
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.losses import InnerLoss
 from memdlm_jax.memory.meta_gradient import Corrupt, OuterLoss
 from memdlm_jax.training import optimizer as optimizers
 from memdlm_jax.training.optimizer import OptimizerConfig
@@ -35,6 +37,9 @@ class StepSetup:
         capacity: target slots of a row, see ``objective.gather_targets``; ``None`` is all.
         axis_name: device axis under ``pmap``; ``None`` on one device.
         corrupt: draws the anchor's mask and loss weight in the schedule's place, if given.
+        loss: weights and normalisation of the outer loss.
+        inner_loss: see ``meta_gradient.outer_loss``.
+        inner_optimizer: see ``meta_gradient.outer_loss``.
     """
 
     denoiser: Denoiser
@@ -44,6 +49,9 @@ class StepSetup:
     capacity: int | None = None
     axis_name: str | None = None
     corrupt: Corrupt | None = None
+    loss: LossConfig = PAPER_LOSS
+    inner_loss: InnerLoss | None = None
+    inner_optimizer: optax.GradientTransformation | None = None
 
     def __post_init__(self):
         shared = self.memory is not None and self.memory.scope == "global"
@@ -62,22 +70,41 @@ class Sums:
     Attributes:
         memory_on: outer loss in nats.
         memory_off: the same without memory; NaN where not asked for.
+        normaliser: what both are divided by.
         maskable: maskable tokens.
         tokens: valid tokens.
-        groups: memories; 0 without memory.
-        inner_loss: [k] loss of every inner step over the groups that took it.
-        inner_taken: [k] groups that took it.
-        phi_norm: norms of what the inner loop added to phi_0.
+        inner: sums over the memories; ``None`` without memory.
     """
 
     memory_on: Float[Array, ""]
     memory_off: Float[Array, ""]
+    normaliser: Int[Array, ""]
     maskable: Int[Array, ""]
     tokens: Int[Array, ""]
+    inner: "InnerSums | None" = None
+
+
+@flax.struct.dataclass
+class InnerSums:
+    """Sums over the memories of a batch.
+
+    Attributes:
+        groups: memories.
+        taken: [k] groups that took inner step k.
+        loss: [k] loss before the step over the groups that took it.
+        loss_after: [k] the same loss after the step; NaN where not asked for.
+        gradient_norm: [k] norm of the gradient before clipping, over the same groups.
+        phi_norm: norms of phi_K.
+        phi_change: norms of what the inner loop added to phi_0.
+    """
+
     groups: Int[Array, ""]
-    inner_loss: Float[Array, "k"]
-    inner_taken: Int[Array, "k"]
+    taken: Int[Array, "k"]
+    loss: Float[Array, "k"]
+    loss_after: Float[Array, "k"]
+    gradient_norm: Float[Array, "k"]
     phi_norm: Float[Array, ""]
+    phi_change: Float[Array, ""]
 
 
 def train_step(
@@ -94,7 +121,8 @@ def train_step(
 
     Returns:
         (state after the step, metrics). Gradient and losses are sums over all rows of all
-        devices divided by the maskable tokens of all, never means of means. Without memory
+        devices divided by the maskable tokens of all (or what ``setup.loss`` says), never means of
+        means. Without memory
         ``loss/memory_on`` and ``loss/memory_off`` are the same number.
 
     Raises:
@@ -103,13 +131,13 @@ def train_step(
     gradient, sums = gradient_sums(setup, state.theta, batch, key, report)
     if setup.axis_name is not None:
         gradient, sums = jax.lax.psum((gradient, sums), setup.axis_name)
-    scale = 1.0 / jnp.maximum(sums.maskable, 1)
+    scale = 1.0 / jnp.maximum(sums.normaliser, 1)
     gradient = jax.tree.map(lambda g, leaf: (g * scale).astype(leaf.dtype), gradient, state.theta)
     updates, optimizer_state = optimizers.build(setup.optimizer).update(
         gradient, state.optimizer_state, state.theta
     )
     theta = optax.apply_updates(state.theta, updates)
-    metrics = _metrics(sums) | {
+    metrics = metrics_of(sums) | {
         "gradient_norm": optax.tree.norm(gradient),
         "parameter_norm": optax.tree.norm(theta),
         "learning_rate": optimizers.learning_rate_at(setup.optimizer, state.step),
@@ -161,54 +189,84 @@ def _one_gradient(setup: StepSetup, theta: Theta, batch: Batch, key: Key, report
     return wide, sums
 
 
-def _outer_loss(setup: StepSetup, theta: Theta, batch: Batch, key: Key, report):
+def _outer_loss(
+    setup: StepSetup, parameters: Any, batch: Batch, key: Key, report, training: bool = True
+):
     """Draw one corruption and take the loss on it: (sum, ``Sums``)."""
-    if setup.memory is None:
+    theta, inner = learned.split(parameters)
+    memory = setup.memory
+    if memory is None:
         # The anchor is drawn as with memory, so that runs with one seed see the same masks.
-        _, anchor_key, _ = meta_gradient.step_keys(key, setup.axis_name)
-        _, anchor = meta_gradient.draw_anchor(
-            anchor_key, setup.denoiser, batch, setup.schedule, setup.capacity, setup.corrupt
-        )
+        _, anchor_key, *_ = meta_gradient.step_keys(key, setup.axis_name)
+        *_, anchor = meta_gradient.draw_anchor(
+            anchor_key, setup.denoiser, batch, setup.schedule, setup.capacity, setup.corrupt,
+            setup.loss,
+        )  # fmt: skip
         loss, outer = meta_gradient.plain_loss(setup.denoiser, theta, batch, anchor)
-    else:
-        phi, anchor, trajectory = meta_gradient.draw(
-            key, setup.denoiser, setup.memory, batch, setup.schedule,
-            capacity=setup.capacity, axis_name=setup.axis_name, corrupt=setup.corrupt,
-        )  # fmt: skip
-        loss, outer = meta_gradient.outer_loss(
-            setup.denoiser, setup.memory, theta, phi, batch, anchor, trajectory,
-            with_memory_off=report, axis_name=setup.axis_name,
-        )  # fmt: skip
-    return loss, _sums(outer, batch)
+        return loss, _sums(setup, outer, batch)
+    if memory.padding == "both":
+        batch = trajectory.without_padding(batch)
+    phi, anchor, states = meta_gradient.draw(
+        key, setup.denoiser, memory, batch, setup.schedule,
+        capacity=setup.capacity, axis_name=setup.axis_name, corrupt=setup.corrupt, loss=setup.loss,
+        micro_batches=setup.optimizer.accumulation, training=training,
+    )  # fmt: skip
+    loss, outer = meta_gradient.outer_loss(
+        setup.denoiser, memory, theta, phi, batch, anchor, states,
+        with_memory_off=report, axis_name=setup.axis_name, inner=inner,
+        inner_loss=setup.inner_loss, inner_optimizer=setup.inner_optimizer,
+    )  # fmt: skip
+    return loss, _sums(setup, outer, batch)
 
 
-def _sums(outer: OuterLoss, batch: Batch) -> Sums:
-    losses = (outer.memory_on, jnp.asarray(outer.memory_off), outer.maskable)
-    tokens = jnp.sum(batch.valid)
-    if outer.inner is None or outer.phi_norm is None:
-        none = jnp.zeros((), jnp.int32)
-        return Sums(*losses, tokens, none, jnp.zeros(0), jnp.zeros(0, jnp.int32), jnp.zeros(()))
-    fine = ~outer.inner.skipped
-    inner_loss = jnp.where(fine, outer.inner.loss, 0.0).sum(-1)
+def _sums(setup: StepSetup, outer: OuterLoss, batch: Batch) -> Sums:
+    memory_off = jnp.asarray(outer.memory_off)
+    counts = setup.loss.normaliser(batch), outer.maskable, jnp.sum(batch.valid)
+    return Sums(outer.memory_on, memory_off, *counts, _inner_sums(outer))
+
+
+def _inner_sums(outer: OuterLoss) -> InnerSums | None:
+    record = outer.inner
+    if record is None or outer.phi_norm is None or outer.phi_change is None:
+        return None
+    fine = ~record.skipped
     groups = jnp.asarray(fine.shape[-1])
-    return Sums(*losses, tokens, groups, inner_loss, fine.sum(-1), outer.phi_norm * groups)
+
+    def over_taken(values):
+        return jnp.where(fine, values, 0.0).sum(-1)
+
+    return InnerSums(
+        groups, fine.sum(-1),
+        over_taken(record.loss), over_taken(record.loss_after), over_taken(record.gradient_norm),
+        outer.phi_norm * groups, outer.phi_change * groups,
+    )  # fmt: skip
 
 
-def _metrics(sums: Sums) -> Metrics:
-    maskable = jnp.maximum(sums.maskable, 1)
+def metrics_of(sums: Sums) -> Metrics:
+    """Averages of what was summed, by the names under which they are logged.
+
+    ``inner/loss_K`` and ``inner/loss_after_K`` are inner step K's loss on its own state before and
+    after it, over the memories that took it; ``inner/skipped`` counts the steps left out because
+    they were not finite.
+    """
+    scale = 1.0 / jnp.maximum(sums.normaliser, 1)
     metrics = {
-        "loss/memory_on": sums.memory_on / maskable,
-        "loss/memory_off": sums.memory_off / maskable,
+        "loss/memory_on": sums.memory_on * scale,
+        "loss/memory_off": sums.memory_off * scale,
         "maskable": sums.maskable,
         "tokens": sums.tokens,
     }
-    steps = sums.inner_loss.shape[0]
-    if steps == 0:
+    inner = sums.inner
+    if inner is None:
         return metrics
-    mean = sums.inner_loss / jnp.maximum(sums.inner_taken, 1)
-    metrics |= {f"inner/loss_{k + 1}": mean[k] for k in range(steps)}
-    metrics["inner/phi_norm"] = sums.phi_norm / sums.groups
-    metrics["inner/skipped"] = 1.0 - sums.inner_taken.sum() / (steps * sums.groups)
+    taken = jnp.maximum(inner.taken, 1)
+    for k in range(taken.shape[0]):
+        metrics[f"inner/loss_{k + 1}"] = inner.loss[k] / taken[k]
+        metrics[f"inner/loss_after_{k + 1}"] = inner.loss_after[k] / taken[k]
+        metrics[f"inner/gradient_norm_{k + 1}"] = inner.gradient_norm[k] / taken[k]
+    metrics["inner/phi_norm"] = inner.phi_norm / inner.groups
+    metrics["inner/phi_change"] = inner.phi_change / inner.groups
+    metrics["inner/skipped"] = jnp.sum(inner.groups - inner.taken)
     return metrics
 
 
@@ -223,7 +281,7 @@ def eval_step(theta: Theta, batch: Batch, key: Key, *, setup: StepSetup) -> Sums
     setup = dataclasses.replace(setup, schedule=schedule)
 
     def one(batch, key):
-        return _outer_loss(setup, theta, batch, key, True)[1]
+        return _outer_loss(setup, theta, batch, key, True, training=False)[1]
 
     sums = _over_micro_batches(setup, one, batch, key)
     return sums if setup.axis_name is None else jax.lax.psum(sums, setup.axis_name)

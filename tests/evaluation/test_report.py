@@ -50,7 +50,7 @@ def results(tokenizer, sentences):
     suite = NeedleSuite(NeedleConfig(template="short"), (128,), (2, 3), episodes=20)
     silent = dict.fromkeys(("mdlm", "memdlm_train_only"), lambda episodes: ["<b>1</b>"] * 20)
     curve = [
-        {"step": s, "loss/memory_on": 3 / s, "loss/memory_off": 4 / s, "validation/memory_on": None}
+        {"step": s, "loss/memory_on": 3 / s, "loss/memory_off": 4 / s, "validation/x": None}
         for s in range(1, 30)
     ]
     decoded = Decoded(np.array([[9, 8]]), np.array([[1, 0]]), np.array([[0.25, 1.0]]))

@@ -102,7 +102,8 @@ def memory_config(settings, **overrides):
     return MemoryConfig(
         steps=settings["num_inner_updates"],
         learning_rate=c["mem_inner_lr"],
-        clip_norm=c["mem_inner_grad_clip"] or None,
+        clip="local" if c["mem_inner_grad_clip"] else "none",
+        clip_norm=c["mem_inner_grad_clip"] or 1.0,
         adapter=c["mem_inner_adapter_type"],
         rank=c["mem_inner_rank"],
         alpha=c["mem_inner_alpha"],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memdlm_jax.memory import fast_weights
-from memdlm_jax.memory.config import FFN_MODULES, MemoryConfig
+from memdlm_jax.memory.config import MemoryConfig
 
 SHAPES = {
     "attention/q_proj": (10, 16, 16),
@@ -18,6 +18,7 @@ SHAPES = {
     "mlp/down_proj": (10, 40, 16),
 }
 DENOISER = types.SimpleNamespace(num_layers=10, adaptable=lambda: SHAPES)
+FFN_PATHS = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
 CONFIG = MemoryConfig(rank=3, alpha=6.0, layer_fraction=0.4)
 
 
@@ -28,7 +29,7 @@ def phi():
 
 def test_lora_shapes_cover_the_adapted_layers_of_the_target_modules(phi):
     assert set(phi) == {"mlp"} and set(phi["mlp"]) == {"gate_proj", "up_proj", "down_proj"}
-    for path in FFN_MODULES:
+    for path in FFN_PATHS:
         _, rows, columns = SHAPES[path]
         delta = phi["mlp"][path.split("/")[1]]["delta"]
         assert delta.A.shape == (2, 4, rows, 3)
@@ -38,7 +39,7 @@ def test_lora_shapes_cover_the_adapted_layers_of_the_target_modules(phi):
 
 
 def test_a_is_uniform_within_one_over_root_of_the_inputs_and_b_is_zero(phi):
-    for path in FFN_MODULES:
+    for path in FFN_PATHS:
         delta = phi["mlp"][path.split("/")[1]]["delta"]
         bound = SHAPES[path][1] ** -0.5
         share = np.abs(np.asarray(delta.A[0])) / bound
@@ -75,8 +76,76 @@ def test_full_adapter_is_one_zero_matrix():
 
 def test_unknown_modules_are_named_beside_the_known():
     config = dataclasses.replace(CONFIG, target_modules=("mlp/gate_proj", "mlp/w1"))
-    with pytest.raises(ValueError, match=r"target_modules has \['mlp/w1'\].*'attention/q_proj'"):
+    with pytest.raises(ValueError, match=r"target_modules has 'mlp/w1'.*'attention/q_proj'"):
         fast_weights.init(jax.random.key(0), DENOISER, config, groups=1)
+
+
+@pytest.mark.parametrize(
+    ("modules", "paths"),
+    [
+        (("mlp",), sorted(FFN_PATHS)),
+        (("attention",), ["attention/q_proj"]),
+        (("mlp", "attention"), sorted(SHAPES)),
+        (("mlp", "mlp/up_proj"), sorted(FFN_PATHS)),
+        (("mlp/up_proj",), ["mlp/up_proj"]),
+    ],
+)
+def test_a_module_stands_for_all_matrices_below_it(modules, paths):
+    config = dataclasses.replace(CONFIG, target_modules=modules)
+    assert fast_weights.adapted_paths(DENOISER, config) == paths
+
+
+@pytest.mark.parametrize("module", ["ml", "mlp/", "mlp/up"])
+def test_a_part_of_a_name_is_no_module(module):
+    with pytest.raises(ValueError, match=f"target_modules has '{module}', unknown"):
+        fast_weights.adapted_paths(
+            DENOISER, dataclasses.replace(CONFIG, target_modules=("mlp", module))
+        )
+
+
+class TestDropout:
+    def used(self, rate, key=1, layer=0, module="up_proj"):
+        phi = fast_weights.init(jax.random.key(0), DENOISER, CONFIG, groups=1)
+        one_group = jax.tree.map(lambda leaf: leaf[0] + 1.0, phi)
+        dropped = fast_weights.with_dropout(one_group, jax.random.key(key), rate)
+        pair = dropped["mlp"][module]["delta"], one_group["mlp"][module]["delta"]
+        return [jax.tree.map(lambda leaf: leaf[layer], delta) for delta in pair]
+
+    def test_rate_zero_is_the_identity(self):
+        phi = fast_weights.init(jax.random.key(0), DENOISER, CONFIG, groups=1)
+        assert fast_weights.with_dropout(phi, jax.random.key(0), 0.0) is phi
+
+    def test_inputs_are_dropped_and_the_rest_scaled_up(self):
+        """With x the unit vectors, each output row is the matrix's, over 1 - rate or zero."""
+        delta, plain = self.used(0.25)
+        x = jnp.eye(16)
+        out, full = np.asarray(delta(x)), np.asarray(plain(x))
+        zero = ~out.any(-1)
+        assert 0 < zero.sum() < 16
+        np.testing.assert_allclose(out[~zero], full[~zero] / 0.75, rtol=1e-5)
+
+    def test_the_mean_over_keys_is_the_fast_weight_itself(self):
+        x = jnp.linspace(-1, 1, 16)[None]
+
+        def output(key):
+            phi = fast_weights.init(jax.random.key(0), DENOISER, CONFIG, groups=1)
+            phi = jax.tree.map(lambda leaf: leaf[0] + 1.0, phi)
+            delta = fast_weights.with_dropout(phi, key, 0.25)["mlp"]["up_proj"]["delta"]
+            return jax.tree.map(lambda leaf: leaf[0], delta)(x)
+
+        outputs = jax.jit(jax.vmap(output))(jax.random.split(jax.random.key(0), 4000))
+        error = np.std(outputs, axis=0) / np.sqrt(4000)
+        expected = np.asarray(self.used(0.0)[1](x))
+        assert (np.abs(np.mean(outputs, axis=0) - expected) < 5 * error).all()
+
+    def test_layers_matrices_and_keys_drop_apart(self):
+        def kept(**where):
+            return np.asarray(self.used(0.5, **where)[0](jnp.eye(16))).any(-1)
+
+        first = kept()
+        for other in (kept(layer=1), kept(module="gate_proj"), kept(key=2)):
+            assert (first != other).any()
+        np.testing.assert_array_equal(first, kept())
 
 
 @pytest.mark.parametrize(

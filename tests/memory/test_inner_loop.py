@@ -100,9 +100,43 @@ class TestClipping:
         np.testing.assert_allclose(gradient[1], expected, rtol=1e-9, atol=1e-12)
 
     def test_none_is_plain_sgd(self):
-        optimizer = inner_loop.inner_optimizer(MemoryConfig(clip_norm=None, learning_rate=0.5))
+        optimizer = inner_loop.inner_optimizer(MemoryConfig(clip="none", learning_rate=0.5))
         g = jnp.full((2, 2), 100.0)
         np.testing.assert_array_equal(optimizer.update(g, optimizer.init(g))[0], -0.5 * g)
+
+    def test_global_is_one_factor_for_all_matrices(self):
+        optimizer = inner_loop.inner_optimizer(
+            MemoryConfig(clip="global", clip_norm=2.0, learning_rate=0.5)
+        )
+        grads = {"a": jnp.full((2, 1, 2), 3.0), "b": jnp.full((2, 2, 1), 4.0)}
+        norm = np.sqrt(4 * 9 + 4 * 16)
+        updates, _ = optimizer.update(grads, optimizer.init(grads))
+        for name, g in grads.items():
+            np.testing.assert_allclose(updates[name], -0.5 * g * 2.0 / norm, rtol=1e-6)
+        small = jax.tree.map(lambda g: g / norm, grads)
+        kept, _ = optimizer.update(small, optimizer.init(small))
+        jax.tree.map(lambda u, g: np.testing.assert_array_equal(u, -0.5 * g), kept, small)
+
+    @pytest.mark.parametrize("clip", ["local", "global"])
+    def test_a_zero_gradient_has_a_derivative(self, clip):
+        transform = getattr(inner_loop, f"clip_{clip}")(1.0)
+
+        def squared(g):
+            clipped, _ = transform.update({"A": g, "B": g}, transform.init(None))
+            return sum(jnp.sum(leaf + leaf**2) for leaf in clipped.values())
+
+        zero = jnp.zeros((2, 3, 3))
+        np.testing.assert_array_equal(jax.grad(squared)(zero), jnp.full_like(zero, 2.0))
+
+    def test_learned_rates_are_per_matrix_and_layer(self):
+        config = MemoryConfig(clip="none", learning_rate=0.5)
+        rates = {"a": jnp.array([0.1, 0.2]), "b": jnp.array([3.0, 0.0])}
+        optimizer = inner_loop.inner_optimizer(config, rates)
+        grads = {"a": jnp.ones((2, 4, 3)), "b": jnp.ones((2, 3, 4))}
+        updates, _ = optimizer.update(grads, optimizer.init(grads))
+        for name, rate in rates.items():
+            expected = -rate[:, None, None] * grads[name]
+            np.testing.assert_array_equal(updates[name], expected)
 
 
 class TestAdapt:

@@ -16,7 +16,6 @@ from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.typing import Denoiser
 from tests.memory import tiny
 from tests.memory.tiny import (
-    CONFIG,
     LENGTH,
     MODEL,
     ROWS,
@@ -144,11 +143,11 @@ class TestOracles:
             assert gap > 1e-2 * np.abs(gradients[b][name]).max()
 
 
-@pytest.mark.parametrize(("clip_norm", "steps"), [(CONFIG.clip_norm, 2), (None, 3)])
-def test_exact_equals_central_differences(theta, clip_norm, steps):
+@pytest.mark.parametrize(("clip", "steps"), [("local", 2), ("none", 3), ("global", 2)])
+def test_exact_equals_central_differences(theta, clip, steps):
     """At phi_0 (B = 0) along five random directions, where first order is not even close."""
-    rate = 0.1 if clip_norm else 0.05
-    config = settings("exact", "global", clip_norm=clip_norm, steps=steps, learning_rate=rate)
+    rate = 0.05 if clip == "none" else 0.1
+    config = settings("exact", "global", clip=clip, steps=steps, learning_rate=rate)
     given = draw(config, batch_of(0))
     (_, sums), gradient = run(config, theta, given)
     assert (sums.inner.gradient_norm > 2).all(), "the clip must be at work"
@@ -177,11 +176,24 @@ class TestMemoryOff:
         assert float(on.memory_on) == float(off.memory_on)
         assert_close(without, gradient, 0.0)
 
-    def test_phi_norm_is_the_mean_distance_from_the_start(self, theta, own):
+    def test_norms_of_phi_and_of_its_change_are_means_over_groups(self, theta, own):
         (_, sums), _ = run(settings("exact", "example"), theta, own)
         moved = jax.tree.map(jnp.subtract, sums.phi, own[0])
-        squares = sum(np.sum(np.square(leaf), (1, 2, 3)) for leaf in jax.tree.leaves(moved))
-        assert float(sums.phi_norm) == pytest.approx(np.sqrt(squares).mean(), rel=1e-12)
+        for tree, found in ((sums.phi, sums.phi_norm), (moved, sums.phi_change)):
+            squares = sum(np.sum(np.square(leaf), (1, 2, 3)) for leaf in jax.tree.leaves(tree))
+            assert float(found) == pytest.approx(np.sqrt(squares).mean(), rel=1e-12)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_inner_losses_after_each_step_are_those_on_the_same_states(self, theta, own, mode):
+        """Walked twice with a tiny rate, state k's first loss after is its second loss before."""
+        config = settings(mode, "example", learning_rate=1e-9)
+        twice = (*own[:3], own[3].replace(epochs=2))
+        (_, sums), _ = run(config, theta, twice)
+        np.testing.assert_allclose(sums.inner.loss_after[:2], sums.inner.loss[2:], rtol=1e-7)
+        (_, on), _ = run(settings(mode, "example"), theta, own)
+        assert (on.inner.loss_after < on.inner.loss).all()
+        (_, off), _ = run(settings(mode, "example"), theta, own, report=False)
+        assert np.isnan(off.inner.loss_after).all()
 
 
 def edge_batch():
@@ -308,6 +320,6 @@ class TestDraw:
     def test_devices_share_phi_and_draw_masks_apart(self):
         key = jax.random.key(0)
         keys = jax.vmap(lambda _: meta_gradient.step_keys(key, "d"), axis_name="d")(jnp.arange(3))
-        phi, anchor, masks = (np.asarray(jax.random.key_data(k)) for k in keys)
-        assert len(np.unique(phi, axis=0)) == 1
-        assert len(np.unique(np.concatenate([phi, anchor, masks]), axis=0)) == 7
+        phi, *others = (np.asarray(jax.random.key_data(k)) for k in keys)
+        assert len(np.unique(phi, axis=0)) == 1 and len(others) == 3
+        assert len(np.unique(np.concatenate([phi, *others]), axis=0)) == 10

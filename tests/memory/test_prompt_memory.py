@@ -11,6 +11,7 @@ import pytest
 from memdlm_jax.diffusion.objective import gather_targets
 from memdlm_jax.memory import fast_weights, prompt_memory, trajectory
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.trajectory import Trajectory
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.typing import Batch
 from tests.memory import golden
@@ -49,7 +50,7 @@ def recorded_states():
         weight = trajectory.normalised(jnp.ones(1), jnp.asarray(mask.sum(-1)), groups=1)
         targets = gather_targets(tokens, jnp.asarray(mask))
         states.append(trajectory.State(jnp.asarray(x), targets, weight))
-    return states
+    return [Trajectory((state,), ends_at_anchor=False) for state in states]
 
 
 @functools.cache
@@ -59,7 +60,7 @@ def one_update():
     valid = jnp.ones((1, 20), bool)
 
     def update(phi, state):
-        return prompt_memory.adapt_to_states(model, config, theta, phi, [state], valid)
+        return prompt_memory.adapt_to(model, config, theta, phi, state, valid)
 
     return jax.jit(update)
 
@@ -197,12 +198,12 @@ def test_the_key_draws_memory_and_masks(write, theta, prompts):
 
 def test_masks_weights_and_targets_of_the_states(theta, monkeypatch):
     """Anchor Bernoulli(ratio) over valid tokens, pre-anchor 1.5 times as many, rows weigh alike."""
-    monkeypatch.setattr(prompt_memory, "adapt_to_states", lambda *given: given)
+    monkeypatch.setattr(prompt_memory, "adapt_to", lambda *given: given)
     tokens = jnp.full((4, 600), 5, jnp.int32)
     valid = jnp.arange(600) < jnp.array([600, 500, 400, 300])[:, None]
     config = dataclasses.replace(CONFIG, prompt_mask_ratio=0.3)
     given = prompt_memory.write_prompt(jax.random.key(3), MODEL, config, theta, tokens, valid)
-    phi, (before, anchor) = given[3], given[4]
+    phi, (before, anchor) = given[3], given[4].states
     assert fast_weights.number_of_groups(phi) == 4
     masks = [np.asarray(state.tokens) == MODEL.mask_token_id for state in (before, anchor)]
     assert not (masks[1] & ~masks[0]).any() and not (masks[0] & ~np.asarray(valid)).any()
@@ -233,8 +234,8 @@ def test_the_place_of_padding_does_not_matter(theta):
         for mask in masks
     ]
     phi = fast_weights.init(jax.random.key(0), MODEL, CONFIG, 2)
-    adapted, record = jax.jit(functools.partial(prompt_memory.adapt_to_states, MODEL, CONFIG))(
-        theta, phi, states, valid, positions
+    adapted, record = jax.jit(functools.partial(prompt_memory.adapt_to, MODEL, CONFIG))(
+        theta, phi, Trajectory(tuple(states), ends_at_anchor=False), valid, positions
     )
     np.testing.assert_allclose(record.loss[:, 0], record.loss[:, 1], rtol=1e-5)
     for leaf in jax.tree.leaves(adapted):

@@ -26,6 +26,7 @@ class Tiny:
         d, h, n = self.width, self.hidden, self.num_layers
         shapes = {"mix": (n, d, d), "up": (n, d, h), "down": (n, h, d)}
         shapes |= {"embedding": (self.vocabulary, d), "place": (LENGTH, d), "out": (d, 9)}
+        shapes |= {"gain": (d,)}
         return {name: jnp.asarray(rng.normal(size=s)) * 0.6 for name, s in shapes.items()}
 
     def trunk(self, theta, tokens, valid=None, position_ids=None, *, split):
@@ -44,8 +45,11 @@ class Tiny:
             x = x + up @ theta["down"][n] + _fast(phi, "down", n - first, up)
         return x
 
+    def normalise(self, theta, last_hidden):
+        return last_hidden * (1 + theta["gain"])
+
     def readout(self, theta, last_hidden):
-        return last_hidden @ theta["out"]
+        return self.normalise(theta, last_hidden) @ theta["out"]
 
     def adaptable(self):
         n, d, h = self.num_layers, self.width, self.hidden
@@ -65,7 +69,7 @@ CONFIG = MemoryConfig(
     rank=3,
     alpha=6.0,
     layer_fraction=0.5,
-    target_modules=("mlp/up", "mlp/down"),
+    target_modules=("mlp",),
 )
 
 

@@ -59,7 +59,7 @@ def test_from_the_command_line_to_a_model_folder(root, environment):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(x) for x in (root / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert lines[1]["validation/memory_on"] < lines[1]["validation/memory_off"]
+    assert lines[1]["validation/loss/memory_on"] < lines[1]["validation/loss/memory_off"]
     _, theta = hugging_face.load(root / "run" / "best")
     _, start = hugging_face.load(root / "model")
     assert not (theta["embedding"] == start["embedding"]).all()

@@ -61,7 +61,7 @@ def test_reports_and_validates_at_its_periods(undisturbed):
     folder, result = undisturbed
     lines = lines_of(folder, timed=True)
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 8, 9, 10, 12]
-    validated = {line["step"]: line.get("validation/memory_off") for line in lines}
+    validated = {line["step"]: line.get("validation/loss/memory_off") for line in lines}
     scores = {step: score for step, score in validated.items() if score is not None}
     assert list(scores) == [4, 8, 12]
     assert result.finished and result.best_loss == min(scores.values())
@@ -72,7 +72,7 @@ def test_reports_and_validates_at_its_periods(undisturbed):
 
 def test_loss_falls(undisturbed):
     lines = lines_of(undisturbed[0])
-    assert lines[-1]["validation/memory_off"] < lines[2]["validation/memory_off"]
+    assert lines[-1]["validation/loss/memory_off"] < lines[2]["validation/loss/memory_off"]
 
 
 def test_a_killed_run_resumes_to_the_bit(tmp_path, undisturbed, environment):

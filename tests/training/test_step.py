@@ -79,8 +79,8 @@ def test_learns_one_batch_by_heart(kind, steps):
 
 
 def test_the_same_key_draws_the_same_anchor_with_and_without_memory():
-    _, anchor_key, _ = meta_gradient.step_keys(KEY)
-    mask, plain = meta_gradient.draw_anchor(
+    _, anchor_key, *_ = meta_gradient.step_keys(KEY)
+    mask, _, plain = meta_gradient.draw_anchor(
         anchor_key, tiny.DENOISER, tiny.batch(), tiny.setup().schedule
     )
     _, anchor, _ = meta_gradient.draw(
