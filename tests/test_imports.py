@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "checkpoints": {"typing", "models"},
     "data": {"typing"},
     "training": {"typing", "diffusion", "memory", "checkpoints", "data"},
-    "evaluation": {"typing", "diffusion", "memory", "data"},
+    "evaluation": {"typing", "diffusion", "memory", "models", "data"},
 }
 # A config arrives as frozen dataclasses; PyTorch and TensorFlow are no dependencies.
 NEVER = {"experiments", "absl", "ml_collections", "torch", "tensorflow"}

@@ -1,4 +1,7 @@
-"""Writing a prompt into memory: the public code's numbers, and what each row may depend on."""
+"""Writing a prompt into memory: what is walked through, and what each row may depend on.
+
+The public code's numbers are the ``inference`` case of ``tests/evaluation/test_parity.py``.
+"""
 
 import dataclasses
 import functools
@@ -8,13 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdlm_jax.diffusion.objective import gather_targets
 from memdlm_jax.memory import fast_weights, prompt_memory, trajectory
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.trajectory import Trajectory
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.typing import Batch
-from tests.memory import golden
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,106 +24,6 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@functools.cache
-def recorded():
-    """Arrays, settings, our config, the denoiser and its parameters."""
-    arrays, settings = golden.load("inference_f64")
-    c = settings["config"]
-    config = MemoryConfig(
-        learning_rate=c["mem_inner_lr"],
-        clip_norm=c["mem_inner_grad_clip"],
-        rank=c["mem_inner_rank"],
-        alpha=c["mem_inner_alpha"],
-        layer_fraction=c["mem_inner_layer_fraction"],
-    )
-    return arrays, settings, config, golden.denoiser(settings), golden.base_theta(settings)
-
-
-@functools.cache
-def recorded_states():
-    """One state per recorded update, all positions weighing the same."""
-    arrays = recorded()[0]
-    tokens = jnp.asarray(arrays["prompt"])[None]
-    states = []
-    for x, mask in zip(arrays["step_input"], arrays["step_loss_mask"], strict=True):
-        weight = trajectory.normalised(jnp.ones(1), jnp.asarray(mask.sum(-1)), groups=1)
-        targets = gather_targets(tokens, jnp.asarray(mask))
-        states.append(trajectory.State(jnp.asarray(x), targets, weight))
-    return [Trajectory((state,), ends_at_anchor=False) for state in states]
-
-
-@functools.cache
-def one_update():
-    """(phi, state) -> (phi after the update, record), compiled once."""
-    _, _, config, model, theta = recorded()
-    valid = jnp.ones((1, 20), bool)
-
-    def update(phi, state):
-        return prompt_memory.adapt_to(model, config, theta, phi, state, valid)
-
-    return jax.jit(update)
-
-
-@functools.cache
-def walked():
-    """([phi_0, phi_1, phi_2], [record of update 1, of update 2])."""
-    arrays, settings, *_ = recorded()
-    phis, records = [golden.as_phi(golden.phi_after(arrays, 0, settings), settings)], []
-    for state in recorded_states():
-        phi, record = one_update()(phis[-1], state)
-        phis.append(phi)
-        records.append(record)
-    return phis, records
-
-
-class TestRecordedPrompt:
-    """The public code's inference path, replayed update by update (tests/golden/README.md)."""
-
-    @pytest.fixture(autouse=True)
-    def wide(self):
-        with jax.enable_x64(True):
-            yield
-
-    def test_losses_and_gradient_norms(self):
-        arrays, records = recorded()[0], walked()[1]
-        losses = [record.loss[0, 0] for record in records]
-        norms = [record.gradient_norm[0, 0] for record in records]
-        assert golden.relative(losses, arrays["inner_loss"]) <= 1e-9
-        assert golden.relative(norms, arrays["inner_grad_norm"]) <= 1e-9
-
-    def test_fast_weights_after_each_update(self):
-        arrays, settings, *_ = recorded()
-        for k, phi in enumerate(walked()[0][1:], start=1):
-            for module, leaves in golden.phi_after(arrays, k, settings).items():
-                for name, theirs in leaves.items():
-                    ours = getattr(phi["mlp"][module]["delta"], name)[0]
-                    assert golden.relative(ours, theirs) <= 1e-9, (k, module, name)
-
-    def test_logits_of_the_canvas(self):
-        """[prompt | 12 masks]: phi_2 gives the memory's logits, phi_0 (B = 0) the plain ones."""
-        arrays, _, config, model, theta = recorded()
-        split = fast_weights.split_of(model, config)
-        canvas = jnp.asarray(arrays["mem/eval/history"][0])
-        assert canvas.shape == (1, 32)
-        assert (np.asarray(canvas[0, 20:]) == model.mask_token_id).all()
-
-        @jax.jit
-        def logits(phi):
-            hidden = model.trunk(theta, canvas, split=split)
-            last = fast_weights.head_with_memory(model, theta, phi, hidden, split=split)
-            return model.readout(theta, last)
-
-        phi_0, _, phi_2 = walked()[0]
-        assert golden.relative(logits(phi_2), arrays["mem/logits_canvas"]) <= 1e-9
-        assert golden.relative(logits(phi_0), arrays["nomem/logits_canvas"]) <= 1e-9
-
-    def test_the_loss_falls_on_the_states_walked(self):
-        phi_0, _, phi_2 = walked()[0]
-        for state in recorded_states():
-            before, after = (one_update()(phi, state)[1].loss[0, 0] for phi in (phi_0, phi_2))
-            assert float(after) < 0.97 * float(before)
 
 
 MODEL = LLaDA(

@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memdlm_jax.evaluation import parity
 from memdlm_jax.memory import meta_gradient, trajectory
-from tests.memory import golden, tiny
+from tests.memory import tiny
 from tests.memory.tiny import MODEL, ROWS, assert_close, batch_of, draw, run, settings
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,31 +86,34 @@ class TestOwnMemoryOfEveryRow:
 
     def test_recorded_rows(self):
         """The public code's batch of three, a memory per row (tests/golden/README.md)."""
-        arrays, case = golden.load("default_f64")
-        alone, _ = golden.load("b1_row0_f64")
-        config = dataclasses.replace(golden.memory_config(case), scope="example")
-        model, batch = golden.denoiser(case), golden.batch(arrays)
-        anchor, states = golden.states(arrays, case)
+        recorded = {case.name: case for case in parity.load_folder(GOLDEN)}
+        together, alone = recorded["default_f64"], recorded["b1_row0_f64"]
+        config = dataclasses.replace(parity.memory_config(together), scope="example")
+        states = parity.whole_trajectory(together)
         rescaled = [
             dataclasses.replace(state, weight=trajectory.normalised(
                 jnp.asarray(weight), jnp.asarray(mask.sum(-1)), groups=3
             ))
             for state, weight, mask in zip(
-                states.states, arrays["step_weight"], arrays["step_loss_mask"], strict=True
+                states.states, together.arrays["step_weight"], together.arrays["step_loss_mask"],
+                strict=True,
             )
         ]  # fmt: skip
         states = dataclasses.replace(states, states=tuple(rescaled))
-        phi = golden.as_phi(golden.phi_after(arrays, 0, case), case)
+        phi = parity.fast_weights_of(together, "fast/0")
         phi = jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=0), phi)
-        loss, sums = jax.jit(functools.partial(meta_gradient.outer_loss, model, config))(
-            golden.base_theta(case), phi, batch, anchor, states
+        outer_loss = functools.partial(
+            meta_gradient.outer_loss, parity.denoiser_of(together), config
         )
-        assert float(loss) / int(sums.maskable) == pytest.approx(7.269143, abs=5e-7)
-        assert golden.relative(sums.inner.loss[:, 0], alone["inner_loss"]) <= 1e-9
-        for module, leaves in golden.phi_after(alone, 2, case).items():
-            for name, theirs in leaves.items():
-                ours = getattr(sums.phi["mlp"][module]["delta"], name)[0]
-                assert golden.relative(ours, theirs) <= 1e-9, (module, name)
+        loss, sums = jax.jit(outer_loss)(
+            parity.theta_of(together), phi, parity.clean_batch(together),
+            parity.outer_state(together), states,
+        )  # fmt: skip
+        assert float(loss) == pytest.approx(7.269143, abs=5e-7)
+        losses = sums.inner.loss[:, 0], alone.arrays["inner_loss"]
+        first_row = jax.tree.leaves(jax.tree.map(lambda leaf: leaf[:1], sums.phi))
+        theirs = jax.tree.leaves(parity.fast_weights_of(alone, "fast/2"))
+        assert parity.worst([losses, *zip(first_row, theirs, strict=True)]) <= 1e-9
 
 
 @pytest.mark.parametrize("mode", ["first_order", "exact"])
