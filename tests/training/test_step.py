@@ -6,10 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from memdlm_jax.memory import meta_gradient
+from memdlm_jax.diffusion.objective import LossConfig
+from memdlm_jax.memory import learned, meta_gradient
 from memdlm_jax.training import optimizer, state, step
+from memdlm_jax.training import state as states
 from tests.training import tiny
 
 KEY = jax.random.key(7)
@@ -105,9 +108,170 @@ def test_memory_off_is_the_plain_loss_and_costs_nothing_unless_asked_for():
 def test_inner_metrics_are_reported():
     take = compiled(tiny.setup(tiny.MEMORY, corrupt=tiny.corrupt))
     _, metrics = take(tiny.fresh_state(), tiny.batch(), KEY, True)
-    assert {"inner/loss_1", "inner/loss_2", "inner/phi_norm", "inner/skipped"} <= set(metrics)
-    assert metrics["inner/skipped"] == 0 and metrics["inner/phi_norm"] > 0
+    for k in (1, 2):
+        assert metrics[f"inner/loss_after_{k}"] < metrics[f"inner/loss_{k}"]
+        assert metrics[f"inner/gradient_norm_{k}"] > 0
+    assert metrics["inner/skipped"] == 0
+    assert 0 < metrics["inner/phi_change"] < metrics["inner/phi_norm"]
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_skipped_inner_steps_are_counted():
+    """One row's loss weight is infinite: both of its steps are left out, and nothing else."""
+
+    def corrupt(key, rows):
+        mask, weight = tiny.corrupt(key, rows)
+        return mask, weight.at[1].set(jnp.inf)
+
+    memory = dataclasses.replace(tiny.MEMORY, masking="no_progressive")
+    setup = tiny.setup(memory, corrupt=corrupt)
+    sums = jax.jit(functools.partial(step.eval_step, setup=setup))(
+        tiny.fresh_state().theta, tiny.batch(), KEY
+    )
+    metrics = step.metrics_of(sums)
+    assert metrics["inner/skipped"] == 1
+    assert sums.inner.taken.tolist() == [3]
+    assert np.isfinite(metrics["inner/loss_1"]) and np.isfinite(metrics["inner/loss_after_1"])
+
+
+@pytest.mark.parametrize("normalisation", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("weighting", ["scheduler", "uniform"])
+@pytest.mark.parametrize("memory", [None, tiny.STEADY_MEMORY], ids=["mdlm", "memdlm"])
+def test_outer_normalisations_against_a_loop(normalisation, weighting, memory):
+    """Row 2 has nothing to mask: it counts neither as tokens nor as a row."""
+    batch = tiny.batch()
+    batch.maskable[2] = False
+    loss = LossConfig(weighting, normalisation)
+    setup = tiny.setup(memory, corrupt=tiny.corrupt, loss=loss)
+    sums = jax.jit(functools.partial(step.eval_step, setup=setup))(
+        tiny.fresh_state().theta, batch, KEY
+    )
+    mask, weight = tiny.corrupt(KEY, batch)
+    theta, model = tiny.fresh_state().theta, tiny.DENOISER
+    noisy = np.where(mask, model.mask_token_id, batch.tokens)
+    hidden = model.trunk(theta, noisy, batch.valid, split=model.num_layers)
+    log_p = jax.nn.log_softmax(model.readout(theta, hidden))
+    nll = -np.take_along_axis(np.asarray(log_p), batch.tokens[..., None], -1)[..., 0]
+    weight = np.ones(4) if weighting == "uniform" else np.asarray(weight)
+    rows, counts = (nll * np.asarray(mask)).sum(-1) * weight, batch.maskable.sum(-1)
+    expected = {
+        "token": rows.sum() / counts.sum(),
+        "sequence": (rows / np.maximum(counts, 1)).sum() / 3,
+        "batch": rows.sum() / 3,
+    }[normalisation]
+    metrics = step.metrics_of(sums)
+    assert metrics["loss/memory_off"] == pytest.approx(expected, rel=2e-5)
+    assert metrics["maskable"] == counts.sum()
+
+
+@pytest.mark.parametrize("normalisation", ["sequence", "batch"])
+def test_other_normalisations_span_micro_batches(normalisation):
+    loss, found = LossConfig(normalisation=normalisation), []
+    for parts in (1, 2):
+        config = dataclasses.replace(tiny.OPTIMIZER, accumulation=parts)
+        setup = tiny.setup(tiny.STEADY_MEMORY, corrupt=tiny.corrupt, loss=loss)
+        setup = dataclasses.replace(setup, optimizer=config)
+        found.append(compiled(setup)(tiny.fresh_state(config), tiny.batch(), KEY, True))
+    (_, one), (_, two) = found
+    assert_close(one, two)
+
+
+class TestDeviceScope:
+    def setup(self, groups, accumulation=1):
+        memory = dataclasses.replace(tiny.STEADY_MEMORY, scope="device", groups=groups)
+        config = dataclasses.replace(tiny.OPTIMIZER, accumulation=accumulation)
+        return dataclasses.replace(tiny.setup(memory, corrupt=tiny.corrupt), optimizer=config)
+
+    def sums(self, setup):
+        theta = tiny.fresh_state().theta
+        return jax.jit(functools.partial(step.gradient_sums, setup))(theta, tiny.batch(), KEY, True)
+
+    def test_micro_batches_share_out_the_groups(self):
+        """Two memories of two rows each, in one batch or one per micro-batch."""
+        assert_close(self.sums(self.setup(2, 2)), self.sums(self.setup(2)))
+
+    def test_groups_must_divide_evenly(self):
+        with pytest.raises(ValueError, match=r"memory\.groups=3 must be a multiple of the 2 parts"):
+            self.sums(self.setup(3, 2))
+
+
+class TestLearnedInnerLoop:
+    MEMORY = dataclasses.replace(tiny.MEMORY, learned=("rates", "start"), meta_gradient="exact")
+
+    def state(self, config=tiny.OPTIMIZER):
+        inner = learned.init(jax.random.key(9), tiny.DENOISER, self.MEMORY)
+        return states.create(learned.join(tiny.fresh_state().theta, inner), config)
+
+    def test_is_trained_beside_theta_at_its_own_pace(self):
+        config = dataclasses.replace(tiny.OPTIMIZER, inner_scale=10.0, weight_decay=0.1)
+        setup = dataclasses.replace(tiny.setup(self.MEMORY, corrupt=tiny.corrupt), optimizer=config)
+        state = self.state(config)
+        after, metrics = compiled(setup)(state, tiny.batch(), KEY, True)
+        assert all(np.isfinite(value) for value in metrics.values())
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.theta, state.theta)
+        # Adam's first step is the learning rate in every entry, whatever the gradient.
+        rate = float(metrics["learning_rate"])
+        for leaf in jax.tree.leaves(moved.inner):
+            assert leaf == pytest.approx(10 * rate, rel=0.02)
+        biggest = max(jax.tree.leaves(moved.theta))
+        assert biggest == pytest.approx(rate, rel=0.2)
+
+    def test_validation_uses_it(self):
+        setup = tiny.setup(self.MEMORY, corrupt=tiny.corrupt)
+        parameters = self.state().theta
+        still = jax.tree.map(lambda leaf: leaf - 100.0, parameters.inner.log_rates)
+        evaluate = jax.jit(functools.partial(step.eval_step, setup=setup))
+        moving = step.metrics_of(evaluate(parameters, tiny.batch(), KEY))
+        frozen = step.metrics_of(evaluate(
+            parameters.replace(inner=parameters.inner.replace(log_rates=still)), tiny.batch(), KEY
+        ))  # fmt: skip
+        assert frozen["inner/phi_change"] == pytest.approx(0, abs=1e-6)
+        assert frozen["loss/memory_on"] == pytest.approx(float(frozen["loss/memory_off"]), rel=1e-5)
+        assert moving["loss/memory_on"] < frozen["loss/memory_on"]
+
+
+def test_own_inner_loss_and_optimiser_reach_the_step():
+    """As in docs/method.md."""
+
+    def nothing(theta, phi, state):
+        del theta, state
+        return sum(0.0 * leaf.sum() for leaf in jax.tree.leaves(phi))
+
+    setup = tiny.setup(tiny.MEMORY, corrupt=tiny.corrupt, inner_loss=nothing)
+    _, metrics = compiled(setup)(tiny.fresh_state(), tiny.batch(), KEY, True)
+    assert metrics["inner/loss_1"] == 0 and metrics["inner/phi_change"] == 0
+    setup = tiny.setup(tiny.MEMORY, corrupt=tiny.corrupt, inner_optimizer=optax.adam(0.02))
+    _, metrics = compiled(setup)(tiny.fresh_state(), tiny.batch(), KEY, True)
+    assert metrics["inner/loss_after_2"] < metrics["inner/loss_2"]
+
+
+def test_dropout_is_for_training_alone():
+    drop = dataclasses.replace(tiny.MEMORY, dropout=0.5)
+    results = []
+    for memory in (tiny.MEMORY, drop):
+        setup = tiny.setup(memory, corrupt=tiny.corrupt)
+        given = tiny.batch(), KEY
+        _, trained = compiled(setup)(tiny.fresh_state(), *given, True)
+        sums = jax.jit(functools.partial(step.eval_step, setup=setup))(
+            tiny.fresh_state().theta, *given
+        )
+        results.append((trained, step.metrics_of(sums)))
+    (trained, validated), (dropped, same) = results
+    assert trained["loss/memory_on"] != dropped["loss/memory_on"]
+    assert_close(same, validated)
+
+
+def test_padding_of_both_losses_is_left_visible():
+    """The last three of each row are supervised padding."""
+    padding = np.zeros((4, 12), bool)
+    padding[:, -3:] = True
+    batch = dataclasses.replace(tiny.batch(), padding=padding)
+    seen = {}
+    for policy in ("none", "inner", "both"):
+        memory = dataclasses.replace(tiny.MEMORY, padding=policy)
+        sums = step.eval_step(tiny.fresh_state().theta, batch, KEY, setup=tiny.setup(memory))
+        seen[policy] = int(sums.maskable)
+    assert seen == {"none": 35, "inner": 35, "both": 35 - 11}
 
 
 def test_rows_that_cannot_be_cut_into_micro_batches_are_refused():
