@@ -9,6 +9,7 @@ the exact gradient by central differences along random directions, and writes ``
 
 import dataclasses
 import functools
+import glob
 import json
 import logging
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from ml_collections import config_dict
 
 from experiments import _cli
@@ -96,7 +98,7 @@ def model_folder(where: str) -> Path:
     if not where.startswith("NEWEST:"):
         return Path(where)
     pattern = where.removeprefix("NEWEST:")
-    found = sorted(Path().glob(pattern), key=lambda folder: folder.stat().st_mtime)
+    found = sorted(map(Path, glob.glob(pattern)), key=lambda folder: folder.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
             f"no folder matches {pattern}; run the quickstart first, or name model folders in "
@@ -261,6 +263,7 @@ def draw(models: dict[str, Any], path: Path) -> None:
         panel.plot(ends, ends, color="black", lw=0.8, label="exact")
         panel.set_title(name)
         panel.set_xlabel("exact derivative along a random direction")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("approximate derivative, same direction")
     panels[0].legend()
