@@ -33,7 +33,7 @@ class NeedleSuite:
         lengths: tokens of the encoded rows.
         num_keys: keys in the haystack.
         episodes: questions of each cell.
-        seed: of the stream of episodes; the same for all systems.
+        seed: of the stream of episodes; the same for all systems. Each cell has its own part of it.
     """
 
     task: NeedleConfig = dataclasses.field(default_factory=lambda: NeedleConfig(split="test"))
@@ -46,6 +46,8 @@ class NeedleSuite:
         for name in ("lengths", "num_keys"):
             if not getattr(self, name):
                 raise ValueError(f"needles.{name} is empty: at least one value is needed")
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"needles.{name}={getattr(self, name)} must not repeat a value")
         if self.episodes < 1:
             raise ValueError(f"needles.episodes={self.episodes} must be at least 1")
         if self.seed < 0:
@@ -88,14 +90,19 @@ def draw_episodes(
 ) -> dict[NeedleConfig, list[Episode]]:
     """The episodes of every cell: a pure function of the suite, the same for every system.
 
+    Cell c asks the episodes ``c * suite.episodes`` and on of the stream. Tasks of as many keys draw
+    the same keys and values for the same index, whatever their length: cells that shared indices
+    would ask the same questions, and could not be pooled.
+
     Raises:
         ValueError: a length is too short for its needles, or there is no filler.
     """
     sentences = Filler(filler, tokenizer) if suite.task.haystack == "text" else ()
     tasks = [NeedleTask(cell, tokenizer, sentences) for cell in suite.cells]
+    n = suite.episodes
     return {
-        task.config: [task.episode(suite.seed, index) for index in range(suite.episodes)]
-        for task in tasks
+        task.config: [task.episode(suite.seed, index) for index in range(c * n, (c + 1) * n)]
+        for c, task in enumerate(tasks)
     }
 
 

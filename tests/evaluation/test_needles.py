@@ -5,7 +5,7 @@ import pytest
 
 from experiments.configs import evaluate as evaluate_config
 from experiments.configs import quickstart as quickstart_config
-from memdlm_jax.data.needles import NeedleConfig
+from memdlm_jax.data.needles import NeedleConfig, NeedleTask
 from memdlm_jax.diffusion.decode import DecodeConfig
 from memdlm_jax.evaluation import needles
 from memdlm_jax.evaluation.needles import NeedleSuite, Outcome
@@ -74,6 +74,15 @@ def test_episodes_are_the_same_for_whoever_asks(tokenizer, sentences):
     assert [e.prompt for e in next(iter(longer.values()))[:12]] == seen[0]
 
 
+def test_no_two_cells_share_a_question(tokenizer, sentences):
+    suite = dataclasses.replace(SUITE, lengths=(128, 160, 192), num_keys=(2, 3))
+    cells = needles.draw_episodes(suite, tokenizer, sentences)
+    asked = [{(e.key, e.value) for e in episodes} for episodes in cells.values()]
+    assert len(set.union(*asked)) == sum(map(len, asked)) == 6 * 12
+    first = NeedleTask(suite.cells[0], tokenizer, sentences)
+    assert next(iter(cells.values())) == [first.episode(suite.seed, i) for i in range(12)]
+
+
 def test_depths_at_the_edges_are_counted():
     outcomes = [Outcome("", 1.0, True, depth) for depth in (0.0, 0.199, 0.2, 0.999, 1.0)]
     assert [part["n"] for part in needles.summarise(outcomes)["by_depth"]] == [2, 1, 0, 0, 2]
@@ -103,6 +112,7 @@ def test_systems_answer_in_text(systems, tokenizer, sentences):
         ({"episodes": 0}, "needles.episodes=0 must be at least 1"),
         ({"lengths": ()}, "needles.lengths is empty"),
         ({"num_keys": ()}, "needles.num_keys is empty"),
+        ({"lengths": (128, 128)}, r"needles.lengths=\(128, 128\) must not repeat a value"),
         ({"seed": -1}, "needles.seed=-1 must be at least 0"),
     ],
 )
