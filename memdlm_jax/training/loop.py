@@ -17,7 +17,7 @@ import tqdm
 
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from memdlm_jax.training.metrics import MetricsWriter
-from memdlm_jax.training.parallel import CompiledSteps
+from memdlm_jax.training.parallel import CompiledSteps, most_targets
 from memdlm_jax.training.speed import Speed, Trace
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import Metrics, StepSetup, metrics_of
@@ -137,7 +137,7 @@ def run(
         ValueError: from the checkpoint, if ``identity`` or the shapes of the state differ.
     """
     with contextlib.closing(_checkpoints(config, setup, identity)) as checkpoints:
-        steps = CompiledSteps(setup, data.target_capacity)
+        steps = CompiledSteps(setup, capacity_for(data, validation))
         progress = _restored(checkpoints, steps.place(state))
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
             loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)
@@ -165,6 +165,18 @@ def load_best(
         return result.state.theta
     with contextlib.closing(_checkpoints(config, setup, identity)) as checkpoints:
         return checkpoints.restore(result.best_step, result.state).state.theta
+
+
+def capacity_for(data: Batches, validation: Sequence[Batch]) -> Callable[[int], int]:
+    """Row length -> target slots that hold the rows of training and of validation.
+
+    The two can differ: a validation row may have a longer response than any training row.
+    """
+    needed: collections.Counter[int] = collections.Counter()
+    for batch in validation:
+        length = batch.tokens.shape[1]
+        needed[length] = max(needed[length], most_targets(batch))
+    return lambda length: max(data.target_capacity(length), needed[length])
 
 
 def _checkpoints(config, setup, identity) -> TrainingCheckpoints:
@@ -299,7 +311,7 @@ class _Loop:
         p = self.progress
         scores = validate(self.steps, p.state.theta, self.validation, self.config.validation_seed)
         if not math.isfinite(scores["loss/memory_off"]):
-            raise NotFinite(f"step {p.step}: validation loss is {scores['memory_off']}")
+            raise NotFinite(f"step {p.step}: validation loss is {scores}")
         return scores
 
     def _save_if_due(self, loss: float | None) -> None:
