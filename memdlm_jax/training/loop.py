@@ -160,6 +160,7 @@ def load_best(
 
     Raises:
         CorruptCheckpoint: if that step cannot be trusted any more.
+        NoUsableCheckpoint: if it is gone.
     """
     if result.best_step in (None, int(result.state.step)):
         return result.state.theta

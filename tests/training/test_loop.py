@@ -153,6 +153,17 @@ def test_the_best_step_is_loaded(tmp_path, undisturbed):
     assert any(jax.tree.leaves(different))
 
 
+def test_the_first_of_equally_good_steps_is_the_best(tmp_path):
+    frozen = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-30)
+    setup = dataclasses.replace(tiny.setup(), optimizer=frozen)
+    config = tiny.train_config(tmp_path, steps=8, validate_every=1, save_every=20, keep_last=1)
+    result = loop.run(config, setup, tiny.fresh_state(frozen), tiny.Data(), [tiny.batch(1)])
+    losses = {line["validation/loss/memory_off"] for line in lines_of(tmp_path)}
+    assert len(losses) == 1 and result.best_step == 1
+    theta = loop.load_best(config, setup, result)
+    jax.tree.map(np.testing.assert_array_equal, theta, result.state.theta)
+
+
 def test_all_corrupt_is_an_error(tmp_path, undisturbed):
     tiny.run(tmp_path, steps=1)
     flip_a_byte(largest_file(tmp_path / "checkpoints" / "1"))
