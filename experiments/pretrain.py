@@ -36,6 +36,9 @@ from memdlm_jax.typing import Theta
 
 logger = logging.getLogger(__name__)
 
+PROBE_WINDOW = 4
+"""Tokens in which the probe's questions are answered: a value of three digits and its end."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
@@ -126,8 +129,13 @@ def first_theta(config: PretrainConfig, denoiser: LLaDA) -> Theta:
 def needle_probe(
     suite: NeedleSuite, denoiser: LLaDA, tokenizer: Tokenizer, sentences: list[str], output: Path
 ) -> Callable[[Theta], Mapping[str, float]]:
-    """Measure needle accuracy of every cell, and export the weights that were measured."""
+    """Measure needle accuracy of every cell, and export the weights that were measured.
+
+    Raises:
+        ValueError: if an answer is longer than the window of ``PROBE_WINDOW`` tokens.
+    """
     episodes = needles.draw_episodes(suite, tokenizer, sentences)
+    needles.check_window(episodes, tokenizer, PROBE_WINDOW)
 
     def probe(theta: Theta) -> Mapping[str, float]:
         export(output / "model", denoiser, theta, tokenizer)
@@ -135,7 +143,7 @@ def needle_probe(
         scores = {}
         for task, asked in episodes.items():
             answer = needles.answerer(
-                system, tokenizer, needles.left_to_right(4),
+                system, tokenizer, needles.left_to_right(PROBE_WINDOW),
                 max_length=task.length + 8, batch_size=20,
             )  # fmt: skip
             outcomes = needles.evaluate_cell(asked, answer)

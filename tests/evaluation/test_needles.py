@@ -1,11 +1,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from experiments.configs import evaluate as evaluate_config
 from experiments.configs import quickstart as quickstart_config
-from memdlm_jax.data.needles import NeedleConfig, NeedleTask
+from memdlm_jax.data.needles import NeedleConfig, NeedleTask, chance_floor
 from memdlm_jax.diffusion.decode import DecodeConfig
 from memdlm_jax.evaluation import needles
 from memdlm_jax.evaluation.needles import NeedleSuite, Outcome
@@ -93,6 +94,32 @@ def test_partly_right_is_not_correct(tokenizer, sentences):
     (episodes,) = needles.draw_episodes(suite, tokenizer, sentences).values()
     summary = needles.summarise(needles.evaluate_cell(episodes, first_value))
     assert summary["mean_score"] == 0.5 and summary["accuracy"]["value"] == 0.0
+
+
+def test_an_answer_longer_than_the_window_is_refused_before_anything_is_asked(tokenizer, sentences):
+    def ask(episodes):
+        raise AssertionError("asked")
+
+    task = dataclasses.replace(SUITE.task, num_values=2)
+    suite = dataclasses.replace(SUITE, task=task, lengths=(300,))
+    answer = needles.draw_episodes(suite, tokenizer, sentences)[suite.cells[-1]][0].response
+    least = len(tokenizer.encode(answer))
+    needles.evaluate(suite, tokenizer, sentences, {"oracle": needles.oracle}, window=least)
+    with pytest.raises(ValueError, match=rf"decode\.length={least - 1} must be at least {least}"):
+        needles.evaluate(suite, tokenizer, sentences, {"a": ask}, window=least - 1)
+
+
+def test_the_floor_is_that_of_guessing_all_asked_values(tokenizer, sentences):
+    """Two values at random of the four in the context, in any order: one guess in six."""
+    rng = np.random.default_rng(0)
+    task = NeedleConfig(num_values=2, length=300, num_keys=2)
+    suite = NeedleSuite(task, lengths=(300,), num_keys=(2,), episodes=400)
+    (episodes,) = needles.draw_episodes(suite, tokenizer, sentences).values()
+    guesses = [", ".join(rng.choice(e.all_values, 2, replace=False)) for e in episodes]
+    accuracy = needles.summarise(needles.evaluate_cell(episodes, lambda _: guesses))["accuracy"]
+    assert chance_floor(task) == 1 / 6
+    assert accuracy["interval"][0] < 1 / 6 < accuracy["interval"][1] < 1 / 2
+    assert needles.guessing_floor(task) == 2 / (900 * 899)
 
 
 def test_systems_answer_in_text(systems, tokenizer, sentences):

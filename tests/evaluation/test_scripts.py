@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -20,6 +21,13 @@ def model(tmp_path_factory, denoiser, systems, tokenizer):
     hugging_face.save(folder, denoiser, systems[0].theta)
     tokenizer.save(folder / "tokenizer.json")
     return str(folder)
+
+
+@pytest.fixture
+def small_corpus(monkeypatch):
+    """A few hundred conversations instead of seven thousand."""
+    talks = list(itertools.islice(sources.chitchat_turns(), 300))
+    monkeypatch.setattr(sources, "chitchat_turns", lambda: iter(talks))
 
 
 def generate_config(**settings):
@@ -105,6 +113,14 @@ def test_evaluate_names_bad_settings(model, tmp_path):
         evaluate_config(tmp_path, held_out={"rows": 1})
     with pytest.raises(SystemExit, match="at least one must name a model folder"):
         evaluate.main(config)
+
+
+def test_evaluate_refuses_answers_that_do_not_fit(model, tmp_path, small_corpus):
+    task = {"split": "test", "template": "short", "num_values": 3, "value_digits": 9}
+    cells = {"lengths": (240,), "num_keys": (1,), "episodes": 2, "task": task}
+    config = evaluate_config(tmp_path, mdlm=model, needles=cells)
+    with pytest.raises(ValueError, match=r"decode\.length=4 must be at least"):
+        evaluate.measure(config)
 
 
 @pytest.fixture
