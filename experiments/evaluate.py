@@ -273,10 +273,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def main(config: EvaluateConfig) -> None:
     """Run from the command line."""
-    try:
-        measured = measure(config)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    measured = measure(config)
     run = provenance("experiments.evaluate", config, measured.pop("seconds"))
     results = {"title": "Comparison of fine-tuned denoisers", "run": run} | measured
     page = report.write(config.output, results)

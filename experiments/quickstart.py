@@ -180,11 +180,7 @@ def _what_it_shows(config: QuickstartConfig) -> str:
 
 def main(config: QuickstartConfig) -> None:
     """Run from the command line."""
-    try:
-        page = run(config)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print(f"report: {page}")
+    print(f"report: {run(config)}")
 
 
 if __name__ == "__main__":

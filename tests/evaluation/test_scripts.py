@@ -71,11 +71,11 @@ def test_generate_names_bad_prompts(model, tmp_path):
     file = tmp_path / "p.jsonl"
     for content, message in (("", "has no prompt"), ('{"prompt": "a"}\n{"x": 1}\n', "p.jsonl:2")):
         file.write_text(content)
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             generate.main(generate_config(model=model, input=str(file)))
-    with pytest.raises(SystemExit, match="does not fit max_length=10"):
+    with pytest.raises(ValueError, match="does not fit max_length=10"):
         generate.main(generate_config(model=model, prompt="cat " * 50, max_length=10))
-    with pytest.raises(SystemExit, match="is missing"):
+    with pytest.raises(FileNotFoundError, match="is missing"):
         generate.main(generate_config(model=str(tmp_path), prompt="a"))
 
 
@@ -111,7 +111,7 @@ def test_evaluate_names_bad_settings(model, tmp_path):
         dataclasses.replace(config, split="validation")
     with pytest.raises(ValueError, match=r"config\.held_out: rows=1 must be at least 2"):
         evaluate_config(tmp_path, held_out={"rows": 1})
-    with pytest.raises(SystemExit, match="at least one must name a model folder"):
+    with pytest.raises(ValueError, match="at least one must name a model folder"):
         evaluate.main(config)
 
 

@@ -49,3 +49,14 @@ def test_model_folders_of_the_readme_are_shipped_or_made_by_a_line_above(monkeyp
         if script == "finetune":
             made.add(f"{settings.train.output}/best")
     assert scripts == {"pretrain", "finetune", "evaluate", "generate", "quickstart"}
+
+
+@pytest.mark.parametrize(("given", "clip_norm"), [("None", None), ("0.5", 0.5), ("2", 2.0)])
+def test_clipping_is_set_and_switched_off_from_the_command_line(monkeypatch, given, clip_norm):
+    monkeypatch.chdir(ROOT)
+    clip = f"--config.optimizer.clip_norm={given}"
+    tuning = "--config=experiments/configs/finetune_needles.py"
+    settings = settings_of("finetune", [tuning, "--config.init=x", "--config.train.output=y", clip])
+    assert settings.optimizer.clip_norm == clip_norm
+    pretraining = settings_of("pretrain", ["--config=experiments/configs/tiny_pretrain.py", clip])
+    assert pretraining.optimizer.clip_norm == clip_norm
