@@ -113,7 +113,19 @@ def test_other_settings_do_not_resume_and_are_named(undisturbed):
     other = dataclasses.replace(setup.optimizer, learning_rate=1e-5)
     changed = dataclasses.replace(setup, optimizer=other)
     with pytest.raises(ConfigMismatch, match=r"optimizer\.learning_rate=0\.003.*1e-05"):
-        loop.run(tiny.train_config(folder), changed, tiny.fresh_state(), tiny.Data())
+        loop.run(
+            tiny.train_config(folder), changed, tiny.fresh_state(), tiny.Data(), tiny.validation()
+        )
+
+
+def test_the_best_is_never_compared_across_validation_sets(undisturbed):
+    folder, _ = undisturbed
+    with pytest.raises(ConfigMismatch, match=r"has train\.validation_seed=1, this run has .*=9"):
+        tiny.run(folder, validation_seed=9)
+    config, state = tiny.train_config(folder), tiny.fresh_state()
+    for other in (tiny.validation()[:1], tiny.validation()[::-1]):
+        with pytest.raises(ConfigMismatch, match=r"has validation\.batches="):
+            loop.run(config, tiny.setup(), state, tiny.Data(), other)
 
 
 def test_validation_rows_with_more_targets_than_training_lose_none(tmp_path):
@@ -148,7 +160,8 @@ def test_a_row_with_more_targets_than_slots_is_refused():
 def test_the_best_step_is_loaded(tmp_path, undisturbed):
     folder, result = undisturbed
     earlier = dataclasses.replace(result, best_step=9)
-    theta = loop.load_best(tiny.train_config(folder), tiny.setup(), earlier)
+    validation = tiny.validation()
+    theta = loop.load_best(tiny.train_config(folder), tiny.setup(), earlier, validation)
     different = jax.tree.map(lambda a, b: bool((a != b).any()), theta, result.state.theta)
     assert any(jax.tree.leaves(different))
 
@@ -160,7 +173,7 @@ def test_the_first_of_equally_good_steps_is_the_best(tmp_path):
     result = loop.run(config, setup, tiny.fresh_state(frozen), tiny.Data(), [tiny.batch(1)])
     losses = {line["validation/loss/memory_off"] for line in lines_of(tmp_path)}
     assert len(losses) == 1 and result.best_step == 1
-    theta = loop.load_best(config, setup, result)
+    theta = loop.load_best(config, setup, result, [tiny.batch(1)])
     jax.tree.map(np.testing.assert_array_equal, theta, result.state.theta)
 
 
