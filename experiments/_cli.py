@@ -1,19 +1,28 @@
 """What all scripts share: the ``--config`` flag, and ConfigDicts turned into frozen dataclasses."""
 
+import contextlib
 import dataclasses
 import difflib
 import logging
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_dict, config_flags
 
+from memdlm_jax.checkpoints.training_state import CorruptCheckpoint, NoUsableCheckpoint
+
 T = TypeVar("T")
+
+
+EXPECTED: tuple[type[Exception], ...] = (
+    OSError, ImportError, ValueError, FloatingPointError, CorruptCheckpoint, NoUsableCheckpoint,
+)  # fmt: skip
+"""What goes wrong outside the program: its message alone is what a user needs."""
 
 
 def run(
@@ -21,12 +30,17 @@ def run(
 ) -> None:
     """Parse ``--config=FILE.py`` with its overrides and call ``main`` with the settings.
 
+    An error of settings or input ends the script with status 1 and the line ``error: ...``;
+    ``--verbosity=1`` shows where it was raised.
+
     Args:
-        parse: ConfigDict -> settings; what it raises ends the script with that message alone.
-        main: the script.
+        parse: ConfigDict -> settings; may also raise KeyError and TypeError.
+        main: the script; may raise what ``EXPECTED`` lists.
         default: config file that is used without ``--config``.
     """
-    config = config_flags.DEFINE_config_file("config", default, "Settings: a file in configs/.")
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    with _overriding():  # Without --config, the overrides are read here.
+        config = config_flags.DEFINE_config_file("config", default, "Settings: a file in configs/.")
     profile = flags.DEFINE_integer(
         "profile", 0, "Record this many training steps with jax.profiler in OUTPUT/profile.", 0
     )
@@ -40,23 +54,46 @@ def run(
             if "train" not in config.value:
                 raise app.UsageError("--profile is for scripts that train")
             config.value.train.profile_steps = profile.value
-        try:
+        with _one_line(KeyError, TypeError):
             settings = parse(config.value)
-        except (KeyError, TypeError, ValueError) as error:
-            sys.exit(f"error: {error.args[0]}")
-        main(settings)
+        with _one_line():
+            main(settings)
 
-    absl_logging.set_verbosity(absl_logging.WARNING)
     for name in ("memdlm_jax", "experiments", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
     app.run(start, flags_parser=_parse_flags)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
-    try:
+    with _overriding():
         return app.parse_flags_with_usage(arguments)
-    except (AttributeError, KeyError) as error:  # config_flags on a field that is not there
-        sys.exit(f"error: the config file has no field {error}")
+
+
+def _overriding() -> contextlib.AbstractContextManager[None]:
+    """Report what config_flags raises for a field that is not there."""
+    kinds = AttributeError, KeyError, IndexError, TypeError
+    return _one_line(*kinds, prefix="the config file has no such field: ")
+
+
+@contextlib.contextmanager
+def _one_line(*further: type[Exception], prefix: str = "") -> Iterator[None]:
+    """End the program with the message of an expected error, or of one of ``further`` kinds."""
+    try:
+        yield
+    except EXPECTED + further as error:
+        if absl_logging.get_verbosity() >= absl_logging.DEBUG:
+            raise
+        said = _message(error)
+        sys.exit(f"error: {prefix if isinstance(error, further) else ''}{said}")
+
+
+def _message(error: Exception) -> str:
+    """What an error says; KeyErrors quote it, and config_flags wraps them in further errors."""
+    while len(error.args) == 1 and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    if isinstance(error, KeyError) and error.args:
+        return " ".join(str(error.args[0]).split())
+    return str(error) or type(error).__name__
 
 
 def build(kind: type[T], settings: Mapping[str, Any], path: str = "config") -> T:

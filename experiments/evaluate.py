@@ -186,7 +186,11 @@ def ask_needles(
     tokenizer: Tokenizer,
     max_length: int,
 ) -> dict[str, Any]:
-    """Needle accuracy of every system."""
+    """Needle accuracy of every system.
+
+    Raises:
+        ValueError: before anything is asked, if an answer is longer than ``decode.length``.
+    """
     answerers = {
         system.name: needles.answerer(
             system, tokenizer, config.decode,
@@ -198,7 +202,8 @@ def ask_needles(
         filler = sources.text_sentences(config.haystack, config.split)
     else:
         filler = sources.chitchat_sentences(config.split)
-    return {"needles": needles.evaluate(suite, tokenizer, filler, answerers)}
+    window = config.decode.length
+    return {"needles": needles.evaluate(suite, tokenizer, filler, answerers, window)}
 
 
 def read_held_out(
@@ -268,10 +273,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def main(config: EvaluateConfig) -> None:
     """Run from the command line."""
-    try:
-        measured = measure(config)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    measured = measure(config)
     run = provenance("experiments.evaluate", config, measured.pop("seconds"))
     results = {"title": "Comparison of fine-tuned denoisers", "run": run} | measured
     page = report.write(config.output, results)

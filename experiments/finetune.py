@@ -9,7 +9,6 @@ lowest memory-off validation loss, in the format that every other script loads.
 """
 
 import dataclasses
-import hashlib
 import logging
 import shutil
 from pathlib import Path
@@ -104,7 +103,7 @@ def finetune(config: FinetuneConfig) -> Result:
     state = states.create(theta, config.optimizer)
     result = loop.run(config.train, setup, state, train, validation, identity)
     if result.finished:
-        best = loop.load_best(config.train, setup, result, identity)
+        best = loop.load_best(config.train, setup, result, validation, identity)
         folder = Path(config.train.output) / "best"
         hugging_face.save(folder, denoiser, best)
         shutil.copyfile(Path(config.init) / "tokenizer.json", folder / "tokenizer.json")
@@ -146,12 +145,8 @@ def validation_batches(prepared: PreparedData, config: FinetuneConfig) -> list[B
 
 def identity_of(config: FinetuneConfig, prepared: PreparedData) -> dict[str, Any]:
     """What a resumed run must share with the first: starting weights, rows and their order."""
-    weights = hashlib.sha256()
-    for file in sorted(Path(config.init).glob("*.safetensors")):
-        with file.open("rb") as content:
-            weights.update(hashlib.file_digest(content, "sha256").digest())
     return {
-        "init.sha256": weights.hexdigest(),
+        "init.sha256": hugging_face.weights_digest(config.init),
         "data.rows": prepared.directory.name,
         "pipeline.buckets": config.pipeline.buckets,
         "pipeline.rows_per_batch": config.pipeline.rows_per_batch,

@@ -147,10 +147,7 @@ def answers(config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, An
 
 def main(config: GenerateConfig) -> None:
     """Run from the command line."""
-    try:
-        lines = [json.dumps(a, ensure_ascii=False) for a in answers(config, read_prompts(config))]
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    lines = [json.dumps(a, ensure_ascii=False) for a in answers(config, read_prompts(config))]
     text = "\n".join(lines) + "\n"
     if config.output:
         Path(config.output).write_text(text, encoding="utf-8")

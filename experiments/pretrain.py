@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import config_dict
@@ -31,10 +32,14 @@ from memdlm_jax.training import loop, pretraining
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
+from memdlm_jax.training.pretraining import PretrainingData
 from memdlm_jax.training.step import StepSetup
 from memdlm_jax.typing import Theta
 
 logger = logging.getLogger(__name__)
+
+PROBE_WINDOW = 4
+"""Tokens in which the probe's questions are answered: a value of three digits and its end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +107,27 @@ def run(config: PretrainConfig) -> Path:
         denoiser, config.optimizer, schedule=config.schedule,
         corrupt=pretraining.corrupt(config.schedule),
     )  # fmt: skip
-    identity = {f"data.{k}": v for k, v in dataclasses.asdict(config.data).items()}
-    identity["data.tokenizer"] = tokenizer.digest()
+    identity = identity_of(config, data)
     state = states.create(first_theta(config, denoiser), config.optimizer)
     probe = needle_probe(config.probe, denoiser, tokenizer, data.held_out_sentences, output)
     result = loop.run(config.train, setup, state, data.train, data.validation, identity, probe)
     return export(output / "model", denoiser, result.state.theta, tokenizer)
+
+
+def identity_of(config: PretrainConfig, data: PretrainingData) -> dict[str, Any]:
+    """What a resumed run must share with the first: how it began, what it reads in which order."""
+    settings = {f"data.{k}": v for k, v in dataclasses.asdict(config.data).items()}
+    start = hugging_face.weights_digest(config.start) if config.start else None
+    # A model folder is taken as it is: the initialisation has no part in it.
+    drawn = config.induction if start is None else None
+    return (
+        settings
+        | data.identity
+        | {
+            "start.sha256": start,
+            "induction": None if drawn is None else dataclasses.asdict(drawn),
+        }
+    )
 
 
 def first_theta(config: PretrainConfig, denoiser: LLaDA) -> Theta:
@@ -126,8 +146,13 @@ def first_theta(config: PretrainConfig, denoiser: LLaDA) -> Theta:
 def needle_probe(
     suite: NeedleSuite, denoiser: LLaDA, tokenizer: Tokenizer, sentences: list[str], output: Path
 ) -> Callable[[Theta], Mapping[str, float]]:
-    """Measure needle accuracy of every cell, and export the weights that were measured."""
+    """Measure needle accuracy of every cell, and export the weights that were measured.
+
+    Raises:
+        ValueError: if an answer is longer than the window of ``PROBE_WINDOW`` tokens.
+    """
     episodes = needles.draw_episodes(suite, tokenizer, sentences)
+    needles.check_window(episodes, tokenizer, PROBE_WINDOW)
 
     def probe(theta: Theta) -> Mapping[str, float]:
         export(output / "model", denoiser, theta, tokenizer)
@@ -135,7 +160,7 @@ def needle_probe(
         scores = {}
         for task, asked in episodes.items():
             answer = needles.answerer(
-                system, tokenizer, needles.left_to_right(4),
+                system, tokenizer, needles.left_to_right(PROBE_WINDOW),
                 max_length=task.length + 8, batch_size=20,
             )  # fmt: skip
             outcomes = needles.evaluate_cell(asked, answer)

@@ -24,6 +24,7 @@ from ml_collections import config_dict
 from experiments import _cli, evaluate, finetune
 from experiments.evaluate import EvaluateConfig
 from experiments.finetune import FinetuneConfig
+from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
 from memdlm_jax.data.prepare import SourceConfig
 from memdlm_jax.evaluation import figures, report
@@ -131,7 +132,7 @@ def fine_tuned(
 ) -> tuple[Path, float]:
     """Folder of a training run, and the seconds it took; trains unless that is done."""
     tuning = dataclasses.replace(config.finetune, memory=memory)
-    weights = hashlib.sha256((Path(tuning.init) / "model.safetensors").read_bytes()).hexdigest()
+    weights = hugging_face.weights_digest(tuning.init)
     folder = Path(config.output) / f"{name}-{digest([dataclasses.asdict(tuning), weights])}"
     train = dataclasses.replace(tuning.train, output=str(folder))
     settings = dataclasses.replace(tuning, train=train)
@@ -180,11 +181,7 @@ def _what_it_shows(config: QuickstartConfig) -> str:
 
 def main(config: QuickstartConfig) -> None:
     """Run from the command line."""
-    try:
-        page = run(config)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print(f"report: {page}")
+    print(f"report: {run(config)}")
 
 
 if __name__ == "__main__":

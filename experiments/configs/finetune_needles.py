@@ -81,6 +81,6 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.999
     config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
+    config.optimizer.clip_norm = config_dict.FieldReference(1.0, object)  # a float or None
     config.optimizer.accumulation = 1
     return config

@@ -14,7 +14,9 @@ First-order MemDLM at these settings answers fewer questions than MDLM (memdlm_t
 points, -5.2 .. -1.3, n = 400, p = 0.001; memdlm -3.0); held-out loss 4.945 / 4.947 / 4.946, no
 difference detected. Lengths, keys, steps and learning rate were chosen, in about five tries, on
 questions of another seed, where the difference was -1.0 points and not detected. The intervals are
-over questions: what another training seed would give, they do not say.
+over questions: what another training seed would give, they do not say. And they are too narrow: at
+the time both cells asked the same 200 questions, and n = 400 counts each of them twice. Now every
+cell asks its own, so a new run gives other numbers.
 
 ``--config.finetune.train.steps=20 --config.evaluate.needles.episodes=20`` is a quick look.
 """

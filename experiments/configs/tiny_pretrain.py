@@ -9,7 +9,7 @@ Running a command again resumes it. The result of the shipped weights, with seco
 seed, stands in memdlm_jax/assets/tiny/README.md.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config(stage: str = "retrieval") -> ConfigDict:
@@ -72,7 +72,7 @@ def _retrieval() -> ConfigDict:
             "warmup_fraction": 0.001,
             "schedule": "constant",
             "beta2": 0.98,
-            "clip_norm": 1.0,
+            "clip_norm": FieldReference(1.0, object),  # a float or None
         }
     )
     config.train = ConfigDict(

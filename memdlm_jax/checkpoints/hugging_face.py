@@ -3,6 +3,7 @@
 No code of a checkpoint is ever run and no pickle is ever read. Tensors are read one at a time.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,22 @@ def save(folder: str | Path, denoiser: LLaDA, theta: Theta) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.dumps(_published_config(denoiser.config, theta), indent=2, sort_keys=True)
     (folder / "config.json").write_text(config + "\n")
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Sha256 of all safetensors files of a folder, for telling starting weights apart.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors: it is no model folder")
+    weights = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            weights.update(hashlib.file_digest(content, "sha256").digest())
+    return weights.hexdigest()
 
 
 def _names(config: LLaDAConfig) -> Iterator[tuple[tuple, tuple[str, bool]]]:

@@ -75,10 +75,7 @@ class TrainingCheckpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         policies = ocp.checkpoint_managers
-        best = policies.BestN(
-            get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
-        keep = policies.AnyPreservationPolicy([policies.LatestN(self._keep_last), best])
+        keep = policies.AnyPreservationPolicy([policies.LatestN(self._keep_last), _KeepBest()])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
             best_fn=_loss,  # without it Orbax would not write the metrics
@@ -102,7 +99,8 @@ class TrainingCheckpoints:
             step: optimiser steps taken, above that of every step saved before.
             state: pytree of arrays.
             position: data position, batches consumed.
-            loss: validation loss of this state; the step with the lowest is kept as the best.
+            loss: validation loss of this state; the step with the lowest is kept as the best, the
+                first of those that are equal.
             extra: notes that come back with ``restore``.
         """
         notes = {
@@ -133,10 +131,7 @@ class TrainingCheckpoints:
 
     def best_step(self) -> int | None:
         """Step with the lowest validation loss among those on disk, if any has one."""
-        step = self._manager.best_step()
-        if step is None or self._manager.metrics(step)["loss"] == math.inf:
-            return None
-        return step
+        return _best({step: self._manager.metrics(step) for step in self.steps()})
 
     def restore_latest(self, template: Any) -> Restored | None:
         """Restore the newest step that passes verification.
@@ -176,9 +171,12 @@ class TrainingCheckpoints:
         """Restore one step, verified; see ``restore_latest`` for ``template``.
 
         Raises:
+            NoUsableCheckpoint: if there is no such step.
             CorruptCheckpoint: if what is on disk is not what was saved.
             ConfigMismatch: as ``restore_latest``.
         """
+        if step not in (found := self.steps()):
+            raise NoUsableCheckpoint(f"step {step} is not in {self.folder}, only {found} are")
         try:
             arguments = ocp.args.Composite(notes=ocp.args.JsonRestore())
             notes = _checked_notes(self._manager.restore(step, args=arguments)["notes"])
@@ -222,6 +220,22 @@ class TrainingCheckpoints:
 
 def _loss(metrics: Mapping[str, float]) -> float:
     return metrics["loss"]
+
+
+def _best(metrics: Mapping[int, Mapping[str, float] | None]) -> int | None:
+    """Step with the lowest loss, the first of equals; ``None`` if no loss was measured."""
+    losses = {step: _loss(found) for step, found in metrics.items() if found}
+    measured = [(loss, step) for step, loss in losses.items() if loss < math.inf]
+    return min(measured)[1] if measured else None
+
+
+class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keep the step that ``best_step`` names; of equal losses Orbax's own keeps the last."""
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        best = _best({checkpoint.step: checkpoint.metrics for checkpoint in checkpoints})
+        return [checkpoint.step == best for checkpoint in checkpoints]
 
 
 def _named(tree: Any) -> dict[str, Any]:

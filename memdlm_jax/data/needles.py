@@ -7,6 +7,7 @@ the token, and the words of keys are divided between training, validation and te
 import dataclasses
 import functools
 import importlib.resources
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
@@ -123,8 +124,11 @@ class Episode:
 
 
 def chance_floor(config: NeedleConfig) -> float:
-    """Expected score of answering with values of the context drawn at random, in (0, 1]."""
-    return 1.0 / config.num_keys
+    """Chance of all asked values being right, if as many of the context's are drawn at random.
+
+    In (0, 1]. The order does not matter, as it does not to ``string_match_all``.
+    """
+    return 1.0 / math.comb(config.num_keys * config.num_values, config.num_values)
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:

@@ -26,6 +26,9 @@ from memdlm_jax.data.tokenizer import Tokenizer, train_tokenizer
 _FORMAT = 1
 """Goes up when the same configuration gives other rows, so that old files are not reused."""
 
+_KIND_FORMATS = {"jsonl": 2}
+"""As ``_FORMAT``, for the rows of one kind alone."""
+
 _TOKENIZER_EPISODES = 4000
 
 Kind = Literal["chitchat", "jsonl", "text", "needles"]
@@ -299,10 +302,9 @@ def _fingerprint(source: SourceConfig) -> list[Any]:
         content = _content(Path(source.path))
     else:
         content = [f"{name} {_version(name)}" for name in ("chitchat-dataset", "wonderwords")]
-    return [
-        dataclasses.asdict(dataclasses.replace(source, path="-" if source.path else "")),
-        content,
-    ]
+    settings = dataclasses.asdict(dataclasses.replace(source, path="-" if source.path else ""))
+    kind_format = _KIND_FORMATS.get(source.kind)
+    return [settings, content, *([kind_format] if kind_format else [])]
 
 
 def _content(path: Path) -> list[str]:

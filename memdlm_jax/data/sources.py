@@ -6,6 +6,7 @@ two splits, and adding material moves nothing that is already there.
 """
 
 import functools
+import hashlib
 import importlib.resources
 import json
 import re
@@ -86,13 +87,17 @@ def chitchat_sentences(split: Split, least_words: int = 4) -> list[str]:
     return [_closed(s) for s in sentences if len(s.split()) >= least_words]
 
 
-def jsonl_examples(path: str | Path, split: Split) -> Iterator[Example]:
+def jsonl_examples(path: str | Path, split: Split | None) -> Iterator[Example]:
     """Examples of a JSON-lines file, one object a line; blank lines are skipped.
+
+    Args:
+        path: the file.
+        split: which groups; ``None`` for all.
 
     A line has either ``prompt`` and ``response`` (strings; the prompt may be empty) or
     ``messages``, a list of ``{"role": "system" | "user" | "assistant", "content": ...}``; each
     assistant message with something before it is one example. ``group`` is optional and says what
-    stays together; without it lines with the same first message do.
+    stays together; without it lines with the same first message do, in whichever file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -104,11 +109,14 @@ def jsonl_examples(path: str | Path, split: Split) -> Iterator[Example]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 found = _examples_of_line(line, f"{path}:{number}", Path(path).name)
-                yield from (example for example in found if split_of(example.group) == split)
+                yield from (e for e in found if split is None or split_of(e.group) == split)
 
 
 def text_sections(path: str | Path) -> Iterator[tuple[str, list[str]]]:
     """Sections of a folder's text files: (group, at most ``SECTION_SENTENCES`` sentences).
+
+    A group is named by file and number: text appended to a file moves no section, text inserted
+    early in it moves those behind.
 
     Args:
         path: a folder, searched with its subfolders for .txt, .md and .rst files.
@@ -229,9 +237,12 @@ def _examples_of_line(line: str, place: str, source: str) -> list[Example]:
         pairs = [(_string(fields, "prompt", place, empty=True), _string(fields, "response", place))]
     prompt, response = pairs[0]
     first = prompt if isinstance(prompt, str) else prompt[0][1]
-    group = (
-        _string(fields, "group", place) if "group" in fields else f"{source}/{first or response}"
-    )
+    if "group" in fields:
+        group = _string(fields, "group", place)
+    else:
+        # Not the file's name: a file that is renamed keeps its splits, and what two files share is
+        # in one split.
+        group = f"first/{hashlib.sha256((first or response).encode()).hexdigest()[:16]}"
     return [Example(prompt, response, group, source) for prompt, response in pairs]
 
 

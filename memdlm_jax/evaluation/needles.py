@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -33,7 +34,7 @@ class NeedleSuite:
         lengths: tokens of the encoded rows.
         num_keys: keys in the haystack.
         episodes: questions of each cell.
-        seed: of the stream of episodes; the same for all systems.
+        seed: of the stream of episodes; the same for all systems. Each cell has its own part of it.
     """
 
     task: NeedleConfig = dataclasses.field(default_factory=lambda: NeedleConfig(split="test"))
@@ -46,6 +47,8 @@ class NeedleSuite:
         for name in ("lengths", "num_keys"):
             if not getattr(self, name):
                 raise ValueError(f"needles.{name} is empty: at least one value is needed")
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"needles.{name}={getattr(self, name)} must not repeat a value")
         if self.episodes < 1:
             raise ValueError(f"needles.episodes={self.episodes} must be at least 1")
         if self.seed < 0:
@@ -88,15 +91,42 @@ def draw_episodes(
 ) -> dict[NeedleConfig, list[Episode]]:
     """The episodes of every cell: a pure function of the suite, the same for every system.
 
+    Cell c asks the episodes ``c * suite.episodes`` and on of the stream. Tasks of as many keys draw
+    the same keys and values for the same index, whatever their length: cells that shared indices
+    would ask the same questions, and could not be pooled.
+
     Raises:
         ValueError: a length is too short for its needles, or there is no filler.
     """
     sentences = Filler(filler, tokenizer) if suite.task.haystack == "text" else ()
     tasks = [NeedleTask(cell, tokenizer, sentences) for cell in suite.cells]
+    n = suite.episodes
     return {
-        task.config: [task.episode(suite.seed, index) for index in range(suite.episodes)]
-        for task in tasks
+        task.config: [task.episode(suite.seed, index) for index in range(c * n, (c + 1) * n)]
+        for c, task in enumerate(tasks)
     }
+
+
+def check_window(
+    episodes: Mapping[NeedleConfig, Sequence[Episode]], tokenizer: Tokenizer, window: int
+) -> None:
+    """Refuse episodes whose answer has no room: no system could score on them.
+
+    Args:
+        episodes: of ``draw_episodes``.
+        tokenizer: counts the tokens of the answers.
+        window: tokens that a system may answer with, ``decode.length``.
+
+    Raises:
+        ValueError: the longest answer does not fit, with what it takes.
+    """
+    answers = [episode.response for asked in episodes.values() for episode in asked]
+    longest = max(map(len, tokenizer.encode_batch(answers)))
+    if longest > window:
+        raise ValueError(
+            f"decode.length={window} must be at least {longest}: so many tokens has the longest "
+            "needle answer; ask for fewer values or digits, or raise it"
+        )
 
 
 def left_to_right(length: int) -> DecodeConfig:
@@ -162,8 +192,8 @@ def _score(episode: Episode, reply: str) -> Outcome:
 
 
 def guessing_floor(config: NeedleConfig) -> float:
-    """Chance that a random number of the right size is a given value of the haystack."""
-    return 1.0 / (9 * 10 ** (config.value_digits - 1))
+    """Chance of all asked values being right, if numbers of their size are drawn at random."""
+    return 1.0 / math.comb(9 * 10 ** (config.value_digits - 1), config.num_values)
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict:
@@ -222,6 +252,7 @@ def evaluate(
     tokenizer: Tokenizer,
     filler: Sequence[str],
     answerers: Mapping[str, Answerer],
+    window: int | None = None,
 ) -> dict:
     """Ask every system the same episodes of every cell.
 
@@ -230,14 +261,21 @@ def evaluate(
         tokenizer: measures lengths.
         filler: sentences of the haystacks.
         answerers: name -> answerer.
+        window: tokens that they may answer with; ``None`` for no limit.
 
     Returns:
         JSON-ready ``{"suite", "cells": [...], "comparisons": [...]}``; the comparisons are over
         the episodes of all cells together, those inside a cell stand with the cell.
+
+    Raises:
+        ValueError: before anything is asked, if an answer is longer than the window.
     """
+    drawn = draw_episodes(suite, tokenizer, filler)
+    if window is not None:
+        check_window(drawn, tokenizer, window)
     cells = []
     pooled: dict[str, list[Outcome]] = {name: [] for name in answerers}
-    for task, episodes in draw_episodes(suite, tokenizer, filler).items():
+    for task, episodes in drawn.items():
         outcomes = {name: evaluate_cell(episodes, answer) for name, answer in answerers.items()}
         for name, rows in outcomes.items():
             pooled[name].extend(rows)

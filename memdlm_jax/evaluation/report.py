@@ -122,7 +122,7 @@ def _floor_sentences(cells: Sequence[Mapping[str, Any]]) -> list[str]:
             for cell in cells
         )
         said.append(
-            f"Needles: {name} is above the chance floor (a random value of the context) in "
+            f"Needles: {name} is above the chance floor (values of the context at random) in "
             f"{above} of {len(cells)} cells."
         )
     return said

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import signal
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 import tqdm
 
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from memdlm_jax.training.metrics import MetricsWriter
-from memdlm_jax.training.parallel import CompiledSteps
+from memdlm_jax.training.parallel import CompiledSteps, most_targets
 from memdlm_jax.training.speed import Speed, Trace
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import Metrics, StepSetup, metrics_of
@@ -134,10 +136,11 @@ def run(
 
     Raises:
         NotFinite: if loss or gradient of a step is not finite, naming the step.
-        ValueError: from the checkpoint, if ``identity`` or the shapes of the state differ.
+        ConfigMismatch: if ``identity``, the validation batches, their masks or the shapes of the
+            state are not those of the checkpoint.
     """
-    with contextlib.closing(_checkpoints(config, setup, identity)) as checkpoints:
-        steps = CompiledSteps(setup, data.target_capacity)
+    with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
+        steps = CompiledSteps(setup, capacity_for(data, validation))
         progress = _restored(checkpoints, steps.place(state))
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
             loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)
@@ -148,6 +151,7 @@ def load_best(
     config: TrainConfig,
     setup: StepSetup,
     result: Result,
+    validation: Sequence[Batch] = (),
     identity: Mapping[str, Any] | None = None,
 ) -> Theta:
     """Theta of the step that validated best; the last one if nothing was validated.
@@ -156,20 +160,50 @@ def load_best(
         config: as given to ``run``.
         setup: as given to ``run``.
         result: what ``run`` returned.
+        validation: as given to ``run``.
         identity: as given to ``run``.
 
     Raises:
         CorruptCheckpoint: if that step cannot be trusted any more.
+        NoUsableCheckpoint: if it is gone.
     """
     if result.best_step in (None, int(result.state.step)):
         return result.state.theta
-    with contextlib.closing(_checkpoints(config, setup, identity)) as checkpoints:
+    with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
         return checkpoints.restore(result.best_step, result.state).state.theta
 
 
-def _checkpoints(config, setup, identity) -> TrainingCheckpoints:
-    same = describe(setup) | {"train.seed": config.seed} | dict(identity or {})
-    return TrainingCheckpoints(Path(config.output) / "checkpoints", same, config.keep_last)
+def capacity_for(data: Batches, validation: Sequence[Batch]) -> Callable[[int], int]:
+    """Row length -> target slots that hold the rows of training and of validation.
+
+    The two can differ: a validation row may have a longer response than any training row.
+    """
+    needed: collections.Counter[int] = collections.Counter()
+    for batch in validation:
+        length = batch.tokens.shape[1]
+        needed[length] = max(needed[length], most_targets(batch))
+    return lambda length: max(data.target_capacity(length), needed[length])
+
+
+def _checkpoints(config, setup, validation, identity) -> TrainingCheckpoints:
+    same = describe(setup) | {
+        "train.seed": config.seed,
+        # The best step is the best on these rows and masks only.
+        "train.validation_seed": config.validation_seed,
+        "validation.batches": batches_digest(validation),
+    }
+    folder = Path(config.output) / "checkpoints"
+    return TrainingCheckpoints(folder, same | dict(identity or {}), config.keep_last)
+
+
+def batches_digest(batches: Sequence[Batch]) -> str:
+    """Sha256 of the content of batches of host arrays, in their order."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for leaf in jax.tree.leaves(batch):
+            found.update(f"{leaf.shape} {leaf.dtype} ".encode())
+            found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def describe(setup: StepSetup) -> dict[str, Any]:
@@ -299,7 +333,7 @@ class _Loop:
         p = self.progress
         scores = validate(self.steps, p.state.theta, self.validation, self.config.validation_seed)
         if not math.isfinite(scores["loss/memory_off"]):
-            raise NotFinite(f"step {p.step}: validation loss is {scores['memory_off']}")
+            raise NotFinite(f"step {p.step}: validation loss is {scores}")
         return scores
 
     def _save_if_due(self, loss: float | None) -> None:

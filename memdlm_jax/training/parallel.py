@@ -18,6 +18,11 @@ from memdlm_jax.typing import Batch, Key, Theta
 AXIS = "batch"
 
 
+def most_targets(batch: Batch) -> int:
+    """Most maskable tokens of any row of a batch of host arrays [b, l]."""
+    return int(np.sum(batch.maskable, axis=-1).max(initial=0))
+
+
 class CompiledSteps:
     """Train and validation steps, compiled once per batch shape.
 
@@ -55,11 +60,16 @@ class CompiledSteps:
     def train(
         self, state: TrainState, batch: Batch, key: Key, report: bool
     ) -> tuple[TrainState, Metrics]:
-        """``step.train_step`` on a batch of host arrays [b, l]; ``state`` is donated."""
+        """``step.train_step`` on a batch of host arrays [b, l]; ``state`` is donated.
+
+        Raises:
+            ValueError: a row has more maskable tokens than target slots, or the rows cannot be
+                divided among the devices.
+        """
         return self._run(step.train_step, (0,), state, batch, key, np.bool_(report))
 
     def evaluate(self, theta: Theta, batch: Batch, key: Key) -> Sums:
-        """``step.eval_step`` on a batch of host arrays [b, l]."""
+        """``step.eval_step`` on a batch of host arrays [b, l]; raises as ``train``."""
         return self._run(step.eval_step, (), theta, batch, key)
 
     def inner_loop_share(self, state: TrainState, batch: Batch) -> tuple[int, float]:
@@ -84,7 +94,17 @@ class CompiledSteps:
         axis_name = AXIS if len(self._devices) > 1 else None
         return dataclasses.replace(self._setup, capacity=capacity, axis_name=axis_name)
 
+    def _check_capacity(self, batch: Batch) -> None:
+        """Refuse a batch that the compiled loss would silently drop targets of."""
+        length, most = batch.tokens.shape[1], most_targets(batch)
+        if most > (capacity := self._capacity_of(length)):
+            raise ValueError(
+                f"a row of a batch of length {length} has {most} maskable tokens, more than its "
+                f"{capacity} target slots: target_capacity({length}) must be at least {most}"
+            )
+
     def _run(self, function: Callable, donate: tuple[int, ...], tree, batch: Batch, *rest):
+        self._check_capacity(batch)
         batch = self._split(batch)
         name = (function, batch.tokens.shape)
         if name not in self._compiled:

@@ -1,8 +1,9 @@
 """Pretraining of a small denoiser that retrieves: what it reads, how it starts, what it shows."""
 
 import dataclasses
+import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -56,11 +57,19 @@ def tokenizer_at(path: str | Path, vocab_size: int) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingData:
-    """Training mixture, validation batches, and haystack sentences held out for the probe."""
+    """What a run reads.
+
+    Attributes:
+        train: mixture of the training steps.
+        validation: batches.
+        held_out_sentences: haystack sentences for the probe.
+        identity: dotted name -> what a resumed run must read too.
+    """
 
     train: PretrainingMix
     validation: list[Batch]
     held_out_sentences: list[str]
+    identity: dict[str, str]
 
 
 def load_data(config: PretrainingConfig, tokenizer: Tokenizer, validation: int) -> PretrainingData:
@@ -69,20 +78,21 @@ def load_data(config: PretrainingConfig, tokenizer: Tokenizer, validation: int) 
     Raises:
         ImportError: if the corpus packages are not installed.
     """
-
-    def mix(config: PretrainingConfig, split, sentences: Sequence[str]) -> PretrainingMix:
-        return PretrainingMix(config, tokenizer, text_stream(tokenizer, split), sentences, split)
-
+    stream, sentences = text_stream(tokenizer, "train"), sources.chitchat_sentences("train")
+    train = PretrainingMix(config, tokenizer, stream, sentences, "train")
     held_out = sources.chitchat_sentences("validation")
-    steady = dataclasses.replace(config, needle_only_batches=0)
-    batches = mix(steady, "validation", held_out)
-    return PretrainingData(
-        mix(config, "train", sources.chitchat_sentences("train")),
-        [batches.batch_at(step) for step in range(validation)],
-        held_out,
-    )
+    steady = PretrainingMix(
+        dataclasses.replace(config, needle_only_batches=0), tokenizer,
+        text_stream(tokenizer, "validation"), held_out, "validation",
+    )  # fmt: skip
+    batches = [steady.batch_at(step) for step in range(validation)]
+    return PretrainingData(train, batches, held_out, digest(stream, sentences, tokenizer))
 
 
-def digest(stream: np.ndarray, tokenizer: Tokenizer) -> Mapping[str, str]:
-    """What identifies the data to a resumed run."""
-    return {"data.tokenizer": tokenizer.digest(), "data.tokens": str(len(stream))}
+def digest(stream: np.ndarray, sentences: Sequence[str], tokenizer: Tokenizer) -> dict[str, str]:
+    """What identifies the training data to a resumed run: tokenizer, running text, haystacks."""
+    return {
+        "data.tokenizer": tokenizer.digest(),
+        "data.text": hashlib.sha256(np.ascontiguousarray(stream).tobytes()).hexdigest(),
+        "data.sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest(),
+    }

@@ -94,6 +94,17 @@ def test_keeps_the_newest_and_the_best(opened):
     assert again.steps() == [2, 6, 7] and again.best_step() == 2
 
 
+def test_the_first_of_equal_losses_is_the_best(opened):
+    checkpoints = saved(opened, *range(1, 7), losses={1: 3.0, 2: 1.0, 3: 1.0, 4: 1.0})
+    assert checkpoints.steps() == [2, 5, 6] and checkpoints.best_step() == 2
+
+
+def test_a_step_that_is_not_there_is_named(opened):
+    saved(opened, 1, 2)
+    with pytest.raises(NoUsableCheckpoint, match=r"step 7 is not in .*run, only \[1, 2\] are"):
+        opened().restore(7, state(0))
+
+
 def test_a_flipped_byte_in_the_arrays_is_found_and_the_step_before_is_used(opened, caplog):
     checkpoints = saved(opened, 1, 2)
     flip(files_of(checkpoints, 2)[-1])

@@ -98,6 +98,21 @@ def test_jsonl_prompts_and_conversations(tmp_path):
     assert found["Ciao"].group == found["Hello"].group
 
 
+def test_the_default_group_is_the_first_message_wherever_it_stands(tmp_path):
+    lines = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(40)]
+    talk = {"role": "user", "content": "question 7"}, {"role": "assistant", "content": "other"}
+    groups = [
+        [e.group for e in sources.jsonl_examples(write_lines(tmp_path / name, *found), None)]
+        for name, found in (
+            ("a.jsonl", lines),
+            ("b.jsonl", lines),
+            ("c.jsonl", [{"messages": talk}]),
+        )
+    ]
+    assert groups[0] == groups[1] and len(set(groups[0])) == 40
+    assert groups[2] == [groups[0][7]]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

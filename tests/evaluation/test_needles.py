@@ -1,11 +1,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from experiments.configs import evaluate as evaluate_config
 from experiments.configs import quickstart as quickstart_config
-from memdlm_jax.data.needles import NeedleConfig
+from memdlm_jax.data.needles import NeedleConfig, NeedleTask, chance_floor
 from memdlm_jax.diffusion.decode import DecodeConfig
 from memdlm_jax.evaluation import needles
 from memdlm_jax.evaluation.needles import NeedleSuite, Outcome
@@ -74,6 +75,15 @@ def test_episodes_are_the_same_for_whoever_asks(tokenizer, sentences):
     assert [e.prompt for e in next(iter(longer.values()))[:12]] == seen[0]
 
 
+def test_no_two_cells_share_a_question(tokenizer, sentences):
+    suite = dataclasses.replace(SUITE, lengths=(128, 160, 192), num_keys=(2, 3))
+    cells = needles.draw_episodes(suite, tokenizer, sentences)
+    asked = [{(e.key, e.value) for e in episodes} for episodes in cells.values()]
+    assert len(set.union(*asked)) == sum(map(len, asked)) == 6 * 12
+    first = NeedleTask(suite.cells[0], tokenizer, sentences)
+    assert next(iter(cells.values())) == [first.episode(suite.seed, i) for i in range(12)]
+
+
 def test_depths_at_the_edges_are_counted():
     outcomes = [Outcome("", 1.0, True, depth) for depth in (0.0, 0.199, 0.2, 0.999, 1.0)]
     assert [part["n"] for part in needles.summarise(outcomes)["by_depth"]] == [2, 1, 0, 0, 2]
@@ -84,6 +94,32 @@ def test_partly_right_is_not_correct(tokenizer, sentences):
     (episodes,) = needles.draw_episodes(suite, tokenizer, sentences).values()
     summary = needles.summarise(needles.evaluate_cell(episodes, first_value))
     assert summary["mean_score"] == 0.5 and summary["accuracy"]["value"] == 0.0
+
+
+def test_an_answer_longer_than_the_window_is_refused_before_anything_is_asked(tokenizer, sentences):
+    def ask(episodes):
+        raise AssertionError("asked")
+
+    task = dataclasses.replace(SUITE.task, num_values=2)
+    suite = dataclasses.replace(SUITE, task=task, lengths=(300,))
+    answer = needles.draw_episodes(suite, tokenizer, sentences)[suite.cells[-1]][0].response
+    least = len(tokenizer.encode(answer))
+    needles.evaluate(suite, tokenizer, sentences, {"oracle": needles.oracle}, window=least)
+    with pytest.raises(ValueError, match=rf"decode\.length={least - 1} must be at least {least}"):
+        needles.evaluate(suite, tokenizer, sentences, {"a": ask}, window=least - 1)
+
+
+def test_the_floor_is_that_of_guessing_all_asked_values(tokenizer, sentences):
+    """Two values at random of the four in the context, in any order: one guess in six."""
+    rng = np.random.default_rng(0)
+    task = NeedleConfig(num_values=2, length=300, num_keys=2)
+    suite = NeedleSuite(task, lengths=(300,), num_keys=(2,), episodes=400)
+    (episodes,) = needles.draw_episodes(suite, tokenizer, sentences).values()
+    guesses = [", ".join(rng.choice(e.all_values, 2, replace=False)) for e in episodes]
+    accuracy = needles.summarise(needles.evaluate_cell(episodes, lambda _: guesses))["accuracy"]
+    assert chance_floor(task) == 1 / 6
+    assert accuracy["interval"][0] < 1 / 6 < accuracy["interval"][1] < 1 / 2
+    assert needles.guessing_floor(task) == 2 / (900 * 899)
 
 
 def test_systems_answer_in_text(systems, tokenizer, sentences):
@@ -103,6 +139,7 @@ def test_systems_answer_in_text(systems, tokenizer, sentences):
         ({"episodes": 0}, "needles.episodes=0 must be at least 1"),
         ({"lengths": ()}, "needles.lengths is empty"),
         ({"num_keys": ()}, "needles.num_keys is empty"),
+        ({"lengths": (128, 128)}, r"needles.lengths=\(128, 128\) must not repeat a value"),
         ({"seed": -1}, "needles.seed=-1 must be at least 0"),
     ],
 )

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -20,6 +21,13 @@ def model(tmp_path_factory, denoiser, systems, tokenizer):
     hugging_face.save(folder, denoiser, systems[0].theta)
     tokenizer.save(folder / "tokenizer.json")
     return str(folder)
+
+
+@pytest.fixture
+def small_corpus(monkeypatch):
+    """A few hundred conversations instead of seven thousand."""
+    talks = list(itertools.islice(sources.chitchat_turns(), 300))
+    monkeypatch.setattr(sources, "chitchat_turns", lambda: iter(talks))
 
 
 def generate_config(**settings):
@@ -63,11 +71,11 @@ def test_generate_names_bad_prompts(model, tmp_path):
     file = tmp_path / "p.jsonl"
     for content, message in (("", "has no prompt"), ('{"prompt": "a"}\n{"x": 1}\n', "p.jsonl:2")):
         file.write_text(content)
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             generate.main(generate_config(model=model, input=str(file)))
-    with pytest.raises(SystemExit, match="does not fit max_length=10"):
+    with pytest.raises(ValueError, match="does not fit max_length=10"):
         generate.main(generate_config(model=model, prompt="cat " * 50, max_length=10))
-    with pytest.raises(SystemExit, match="is missing"):
+    with pytest.raises(FileNotFoundError, match="is missing"):
         generate.main(generate_config(model=str(tmp_path), prompt="a"))
 
 
@@ -103,8 +111,16 @@ def test_evaluate_names_bad_settings(model, tmp_path):
         dataclasses.replace(config, split="validation")
     with pytest.raises(ValueError, match=r"config\.held_out: rows=1 must be at least 2"):
         evaluate_config(tmp_path, held_out={"rows": 1})
-    with pytest.raises(SystemExit, match="at least one must name a model folder"):
+    with pytest.raises(ValueError, match="at least one must name a model folder"):
         evaluate.main(config)
+
+
+def test_evaluate_refuses_answers_that_do_not_fit(model, tmp_path, small_corpus):
+    task = {"split": "test", "template": "short", "num_values": 3, "value_digits": 9}
+    cells = {"lengths": (240,), "num_keys": (1,), "episodes": 2, "task": task}
+    config = evaluate_config(tmp_path, mdlm=model, needles=cells)
+    with pytest.raises(ValueError, match=r"decode\.length=4 must be at least"):
+        evaluate.measure(config)
 
 
 @pytest.fixture

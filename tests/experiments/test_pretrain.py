@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import prepare_data, pretrain
@@ -10,6 +12,9 @@ from experiments.configs import prepare_data as prepare_config
 from experiments.configs import tiny_pretrain
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
+from memdlm_jax.data.tokenizer import Tokenizer
+from memdlm_jax.models.llada import LLaDA
+from memdlm_jax.training import pretraining
 
 TOKENIZER = "memdlm_jax/assets/tiny/tokenizer.json"
 
@@ -50,6 +55,30 @@ def test_pretrain_trains_measures_exports_and_starts_again_from_it(tmp_path, sma
     second = pretrain.from_config_dict(settings(tmp_path / "b", start=str(folder)))
     theta = pretrain.first_theta(second, denoiser)
     assert theta["embedding"].shape == (4096, 16)
+
+
+def test_a_run_is_not_resumed_from_another_beginning(tmp_path, small_corpus):
+    config = pretrain.from_config_dict(settings(tmp_path / "a"))
+    tokenizer = Tokenizer.load(TOKENIZER)
+    data = pretraining.load_data(config.data, tokenizer, 1)
+    identity = pretrain.identity_of(config, data)
+    assert identity["start.sha256"] is None and identity["induction"]["written_channels"] == 4
+    plain = dataclasses.replace(config, induction=None)
+    assert pretrain.identity_of(plain, data)["induction"] is None
+    for seed in (0, 1):
+        denoiser = LLaDA(config.model)
+        folder = tmp_path / str(seed)
+        hugging_face.save(folder, denoiser, denoiser.init(jax.random.key(seed)))
+    digests = {
+        pretrain.identity_of(dataclasses.replace(config, start=str(tmp_path / s)), data)[
+            "start.sha256"
+        ]
+        for s in "01"
+    }
+    assert len(digests) == 2 and None not in digests
+    other = pretraining.digest(np.arange(9), ["So it is."], tokenizer)
+    assert all(data.identity[name] != other[name] for name in ("data.text", "data.sentences"))
+    assert data.identity.items() <= identity.items()
 
 
 def test_both_stages_of_the_shipped_model_are_valid():

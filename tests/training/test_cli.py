@@ -8,6 +8,8 @@ from ml_collections import config_dict
 
 from experiments import _cli, finetune
 from experiments.configs import finetune_jsonl, finetune_needles
+from memdlm_jax.checkpoints.training_state import ConfigMismatch, CorruptCheckpoint
+from memdlm_jax.training.loop import NotFinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,30 @@ def test_the_config_for_own_examples_builds():
 def test_mistakes_in_a_fine_tuning_config_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         finetune.from_config_dict(needles(**overrides))
+
+
+class Ended(Exception):
+    """Stands for what a wrong program raises."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (ValueError("x=1 must be 2"), "error: x=1 must be 2"),
+        (FileNotFoundError(2, "No such file", "a"), "error: [Errno 2] No such file: 'a'"),
+        (ConfigMismatch("differs"), "error: differs"),
+        (CorruptCheckpoint("flipped"), "error: flipped"),
+        (NotFinite("step 3"), "error: step 3"),
+        (ImportError("pip install x"), "error: pip install x"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_user_can_mend_is_said_in_one_line(raised, said):
+    with pytest.raises(SystemExit) as ended, _cli._one_line():
+        raise raised
+    assert ended.value.code == said
+    with pytest.raises(Ended), _cli._one_line():
+        raise Ended
 
 
 def test_steps_given_on_the_command_line_reach_the_schedule():

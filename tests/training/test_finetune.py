@@ -47,9 +47,10 @@ def root(tmp_path_factory):
     return root
 
 
-def run(root, environment, *arguments):
+def run(root, environment, *arguments, config="config.py"):
+    chosen = [f"--config={root}/{config}"] if config else []
     return subprocess.run(
-        [sys.executable, "-m", "experiments.finetune", f"--config={root}/config.py", *arguments],
+        [sys.executable, "-m", "experiments.finetune", *chosen, *arguments],
         env=os.environ | environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
@@ -67,14 +68,38 @@ def test_from_the_command_line_to_a_model_folder(root, environment):
     assert (root / "run" / "best" / "tokenizer.json").read_bytes() == same
 
 
+def assert_one_line(failed, message):
+    assert failed.returncode == 1
+    assert message in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("error: ")
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("--config.memory.rank=0", "error: config.memory: memory.rank=0 must be at least 1\n"),
-        ("--config.train.stepz=3", "error: the config file has no field"),
+        ("--config.init=nowhere", "error: nowhere/config.json is missing"),
+        ("--config.pipeline.buckets=(64,)", "beyond the model's max_length=32\n"),
     ],
 )
 def test_mistakes_on_the_command_line_end_in_one_line(root, environment, argument, message):
-    failed = run(root, environment, argument)
-    assert failed.returncode != 0 and message in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert_one_line(run(root, environment, argument), message)
+
+
+@pytest.mark.parametrize("config", ["config.py", ""], ids=["with", "without"])
+def test_a_field_that_is_not_there_is_named_with_and_without_a_config(root, environment, config):
+    failed = run(root, environment, "--config.train.stepz=3", config=config)
+    assert_one_line(
+        failed, "error: the config file has no such field: 'stepz' Did you mean \"steps"
+    )
+
+
+def test_bad_input_ends_in_one_line(root, environment):
+    where = "--config.data.sources[0].path"
+    missing = run(root, environment, f"{where}={root}/none.jsonl")
+    assert_one_line(missing, "none.jsonl' of a data source is not there")
+    (root / "bad.jsonl").write_text("{")
+    bad = run(root, environment, f"{where}={root}/bad.jsonl")
+    assert_one_line(bad, "bad.jsonl:1: not valid JSON")
+    shown = run(root, environment, f"{where}={root}/bad.jsonl", "--verbosity=1")
+    assert shown.returncode == 1 and "Traceback" in shown.stderr

@@ -14,6 +14,7 @@ import pytest
 from memdlm_jax.checkpoints.training_state import ConfigMismatch, NoUsableCheckpoint
 from memdlm_jax.training import loop
 from memdlm_jax.training.metrics import MetricsWriter
+from memdlm_jax.training.parallel import CompiledSteps
 from tests.training import tiny
 
 
@@ -112,15 +113,68 @@ def test_other_settings_do_not_resume_and_are_named(undisturbed):
     other = dataclasses.replace(setup.optimizer, learning_rate=1e-5)
     changed = dataclasses.replace(setup, optimizer=other)
     with pytest.raises(ConfigMismatch, match=r"optimizer\.learning_rate=0\.003.*1e-05"):
-        loop.run(tiny.train_config(folder), changed, tiny.fresh_state(), tiny.Data())
+        loop.run(
+            tiny.train_config(folder), changed, tiny.fresh_state(), tiny.Data(), tiny.validation()
+        )
+
+
+def test_the_best_is_never_compared_across_validation_sets(undisturbed):
+    folder, _ = undisturbed
+    with pytest.raises(ConfigMismatch, match=r"has train\.validation_seed=1, this run has .*=9"):
+        tiny.run(folder, validation_seed=9)
+    config, state = tiny.train_config(folder), tiny.fresh_state()
+    for other in (tiny.validation()[:1], tiny.validation()[::-1]):
+        with pytest.raises(ConfigMismatch, match=r"has validation\.batches="):
+            loop.run(config, tiny.setup(), state, tiny.Data(), other)
+
+
+def test_validation_rows_with_more_targets_than_training_lose_none(tmp_path):
+    class Short(tiny.Data):
+        """No training row has more than two targets."""
+
+        def batch_at(self, step):
+            batch = super().batch_at(step)
+            return batch.replace(maskable=batch.maskable & (np.cumsum(batch.maskable, 1) <= 2))
+
+        def target_capacity(self, length):
+            return 2
+
+    def corrupt(key, batch):
+        """All of a row, so that all of it must be counted."""
+        return batch.maskable, jax.numpy.ones(batch.tokens.shape[0])
+
+    validation, setup = [tiny.batch(1)], tiny.setup(corrupt=corrupt)
+    config = tiny.train_config(tmp_path, steps=1, validate_every=1)
+    result = loop.run(config, setup, tiny.fresh_state(), Short(), validation)
+    steps = CompiledSteps(setup, lambda length: length)
+    whole = loop.validate(steps, result.state.theta, validation, config.validation_seed)
+    assert result.best_loss == pytest.approx(whole["loss/memory_off"], rel=1e-5)
+
+
+def test_a_row_with_more_targets_than_slots_is_refused():
+    steps = CompiledSteps(tiny.setup(), lambda length: 4)
+    with pytest.raises(ValueError, match=r"has 9 maskable tokens, more than its 4 target slots"):
+        steps.train(tiny.fresh_state(), tiny.batch(), jax.random.key(0), True)
 
 
 def test_the_best_step_is_loaded(tmp_path, undisturbed):
     folder, result = undisturbed
     earlier = dataclasses.replace(result, best_step=9)
-    theta = loop.load_best(tiny.train_config(folder), tiny.setup(), earlier)
+    validation = tiny.validation()
+    theta = loop.load_best(tiny.train_config(folder), tiny.setup(), earlier, validation)
     different = jax.tree.map(lambda a, b: bool((a != b).any()), theta, result.state.theta)
     assert any(jax.tree.leaves(different))
+
+
+def test_the_first_of_equally_good_steps_is_the_best(tmp_path):
+    frozen = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-30)
+    setup = dataclasses.replace(tiny.setup(), optimizer=frozen)
+    config = tiny.train_config(tmp_path, steps=8, validate_every=1, save_every=20, keep_last=1)
+    result = loop.run(config, setup, tiny.fresh_state(frozen), tiny.Data(), [tiny.batch(1)])
+    losses = {line["validation/loss/memory_off"] for line in lines_of(tmp_path)}
+    assert len(losses) == 1 and result.best_step == 1
+    theta = loop.load_best(config, setup, result, [tiny.batch(1)])
+    jax.tree.map(np.testing.assert_array_equal, theta, result.state.theta)
 
 
 def test_all_corrupt_is_an_error(tmp_path, undisturbed):
@@ -140,6 +194,17 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     with pytest.raises(loop.NotFinite, match="step 5: "):
         loop.run(config, setup, tiny.fresh_state(), tiny.Data())
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["3"]
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
+    def corrupt(key, batch):
+        mask, weight = tiny.corrupt(key, batch)
+        return mask, jax.numpy.where(batch.tokens.sum() == poison, jax.numpy.inf, weight)
+
+    poison = int(tiny.batch(1).tokens.sum())
+    setup, config = tiny.setup(corrupt=corrupt), tiny.train_config(tmp_path, steps=1)
+    with pytest.raises(loop.NotFinite, match=r"step 1: validation loss is .*memory_off.* inf"):
+        loop.run(config, setup, tiny.fresh_state(), tiny.Data(), [tiny.batch(1)])
 
 
 def test_profiles_the_steps_asked_for(tmp_path):

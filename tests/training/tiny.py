@@ -65,11 +65,14 @@ def train_config(folder, **changes):
     return loop.TrainConfig(str(folder), **(defaults | changes))
 
 
+def validation():
+    return [batch(1), batch(2)]
+
+
 def run(folder, memory=None, data=None, **changes):
     """A whole run of the loop."""
-    validation = [batch(1), batch(2)]
     return loop.run(
-        train_config(folder, **changes), setup(memory), fresh_state(), data or Data(), validation
+        train_config(folder, **changes), setup(memory), fresh_state(), data or Data(), validation()
     )
 
 

@@ -1,0 +1,62 @@
+"""Every command that the README prints, and those of the docs, has settings that hold together."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page):
+    """(script, arguments) of every ``python -m experiments.SCRIPT`` in a page."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text())
+    for script, rest in re.findall(r"python -m experiments\.(\w+)([^\n`]*)", text):
+        yield script, shlex.split(rest, comments=True)
+
+
+def settings_of(script, arguments):
+    """What the script would make of its arguments."""
+    values, argv = flags.FlagValues(), [script, *arguments]
+    holder = config_flags.DEFINE_config_file(
+        "config", f"experiments/configs/{script}.py", flag_values=values, sys_argv=argv
+    )
+    assert values(argv) == [script], "all arguments are overrides"
+    return importlib.import_module(f"experiments.{script}").from_config_dict(holder.value)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_hold_together(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for script, arguments in commands(page):
+        if arguments:
+            settings_of(script, arguments)
+
+
+def test_model_folders_of_the_readme_are_shipped_or_made_by_a_line_above(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    made, scripts = {"memdlm_jax/assets/tiny"}, set()
+    for script, arguments in commands(PAGES[0]):
+        scripts.add(script)
+        settings = settings_of(script, arguments)
+        found = [getattr(settings, name, "") for name in ("init", "model", "mdlm", "memdlm")]
+        assert {folder for folder in found if folder and isinstance(folder, str)} <= made
+        if script == "finetune":
+            made.add(f"{settings.train.output}/best")
+    assert scripts == {"pretrain", "finetune", "evaluate", "generate", "quickstart"}
+
+
+@pytest.mark.parametrize(("given", "clip_norm"), [("None", None), ("0.5", 0.5), ("2", 2.0)])
+def test_clipping_is_set_and_switched_off_from_the_command_line(monkeypatch, given, clip_norm):
+    monkeypatch.chdir(ROOT)
+    clip = f"--config.optimizer.clip_norm={given}"
+    tuning = "--config=experiments/configs/finetune_needles.py"
+    settings = settings_of("finetune", [tuning, "--config.init=x", "--config.train.output=y", clip])
+    assert settings.optimizer.clip_norm == clip_norm
+    pretraining = settings_of("pretrain", ["--config=experiments/configs/tiny_pretrain.py", clip])
+    assert pretraining.optimizer.clip_norm == clip_norm
