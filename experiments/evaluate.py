@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
-from experiments import _cli
+from experiments import _cli, _memory
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
 from memdlm_jax.data.example import Example
@@ -68,7 +68,7 @@ class EvaluateConfig:
 
     Attributes:
         output: folder of ``results.json`` and ``report.html``.
-        memory: how ``memdlm`` writes prompts; as in its training.
+        memory: how ``memdlm`` writes prompts; from the command line, as in its training.
         decode: sampler of the needle answers.
         reply: sampler of the replies to held-out conversations.
         held_out: those conversations.
@@ -115,10 +115,15 @@ class EvaluateConfig:
 def from_config_dict(config: config_dict.ConfigDict) -> EvaluateConfig:
     """Build the settings; ``needles.enabled`` and ``likelihood.enabled`` can be False.
 
+    ``memory`` holds changes to the settings that the ``memdlm`` folder was trained with.
+
     Raises:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
-    return _cli.build(EvaluateConfig, without_disabled(config.to_dict()))
+    settings = without_disabled(config.to_dict())
+    changed, folder = settings.get("memory") or {}, settings.get("memdlm") or ""
+    settings["memory"] = _memory.settings(folder, changed)
+    return _cli.build(EvaluateConfig, settings)
 
 
 def without_disabled(settings: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +176,8 @@ def load_systems(config: EvaluateConfig) -> tuple[list[System], Tokenizer, int]:
             systems.append(System("mdlm", denoiser, theta))
         else:
             systems.append(System("memdlm_train_only", denoiser, theta))
-            systems.append(System("memdlm", denoiser, theta, config.memory))
+            inner = _memory.inner_parameters(folder, denoiser, config.memory)
+            systems.append(System("memdlm", denoiser, theta, config.memory, inner))
     if not systems:
         raise ValueError("mdlm='' and memdlm='': at least one must name a model folder")
     if len(tokenizers) > 1:

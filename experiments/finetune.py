@@ -5,7 +5,8 @@
 
 ``--config.memory.enabled=False`` is the plain MDLM on the same batches with the same masks.
 Running the same command again resumes. ``OUTPUT/best`` holds the weights of the step with the
-lowest memory-off validation loss, in the format that every other script loads.
+lowest memory-off validation loss, in the format that every other script loads, and the settings
+of the memory that they were trained with.
 """
 
 import dataclasses
@@ -14,13 +15,16 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from ml_collections import config_dict
 
-from experiments import _cli
+from experiments import _cli, _memory
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline
 from memdlm_jax.data.prepare import DataConfig, PreparedData, prepare
+from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule
+from memdlm_jax.memory import learned
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.models.llada import LLaDA
 from memdlm_jax.training import loop
@@ -45,6 +49,7 @@ class FinetuneConfig:
         train: the loop.
         memory: the Parametric Memory, ``None`` for a plain MDLM.
         schedule: masking of the outer loss.
+        loss: weights and normalisation of the outer loss.
         dtype: of the activations, ``float32`` or ``bfloat16``; parameters are always float32.
         remat: recompute activations in the backward pass, layer by layer.
         validation_batches: batches of the validation split to score.
@@ -57,6 +62,7 @@ class FinetuneConfig:
     train: TrainConfig
     memory: MemoryConfig | None
     schedule: LinearSchedule
+    loss: LossConfig = PAPER_LOSS
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     validation_batches: int = 16
@@ -98,14 +104,20 @@ def finetune(config: FinetuneConfig) -> Result:
     train = make_pipeline(prepared, "train", config.pipeline)
     validation = validation_batches(prepared, config)
     logger.info("%s\n%d steps an epoch", prepared.describe(), train.steps_per_epoch)
-    setup = StepSetup(denoiser, config.optimizer, config.memory, config.schedule)
+    memory = config.memory
+    setup = StepSetup(denoiser, config.optimizer, memory, config.schedule, loss=config.loss)
     identity = identity_of(config, prepared)
-    state = states.create(theta, config.optimizer)
+    # A number that no training step folds into the same seed.
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
+    inner = learned.init(key, denoiser, memory) if memory else None
+    state = states.create(learned.join(theta, inner), config.optimizer)
     result = loop.run(config.train, setup, state, train, validation, identity)
     if result.finished:
         best = loop.load_best(config.train, setup, result, validation, identity)
         folder = Path(config.train.output) / "best"
-        hugging_face.save(folder, denoiser, best)
+        theta, inner = learned.split(best)
+        hugging_face.save(folder, denoiser, theta)
+        _memory.save(folder, memory, inner)
         shutil.copyfile(Path(config.init) / "tokenizer.json", folder / "tokenizer.json")
         logger.info("best weights (step %s) in %s", result.best_step or "last", folder)
     return result

@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from experiments import _cli
+from experiments import _cli, _memory
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.tokenizer import Tokenizer
@@ -73,6 +73,8 @@ class GenerateConfig:
 def from_config_dict(config: config_dict.ConfigDict) -> GenerateConfig:
     """Build the settings; ``memory.enabled = False`` drops the rest of ``memory``.
 
+    The rest holds changes to the settings that the model was trained with.
+
     Raises:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
@@ -80,9 +82,9 @@ def from_config_dict(config: config_dict.ConfigDict) -> GenerateConfig:
     enabled = settings["memory"].pop("enabled", True)
     if type(enabled) is not bool:
         raise TypeError(f"config.memory.enabled={enabled!r} must be bool")
-    _cli.build(MemoryConfig, settings["memory"], "config.memory")  # a typo is always an error
-    if not enabled:
-        settings["memory"] = None
+    folder = settings["model"] if enabled else ""
+    memory = _memory.settings(folder, settings["memory"])  # a typo is an error in any case
+    settings["memory"] = memory if enabled else None
     return _cli.build(GenerateConfig, settings)
 
 
@@ -125,7 +127,10 @@ def answers(config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, An
     """One JSON-ready object per prompt."""
     denoiser, theta = hugging_face.load(config.model, config.dtype)
     tokenizer = Tokenizer.load(Path(config.model) / "tokenizer.json")
-    system = System("memdlm" if config.memory else "mdlm", denoiser, theta, config.memory)
+    name, inner = "mdlm", None
+    if config.memory:
+        name, inner = "memdlm", _memory.inner_parameters(config.model, denoiser, config.memory)
+    system = System(name, denoiser, theta, config.memory, inner)
     max_length = config.max_length or denoiser.config.max_length
     examples = [Example(p, "?", f"line {i}", "input") for i, p in enumerate(prompts, start=1)]
     replies = reply(

@@ -8,6 +8,8 @@
 
 from ml_collections import config_dict
 
+from experiments import _memory
+
 
 def get_config() -> config_dict.ConfigDict:
     """All settings of the run; names and meaning are those of the dataclasses."""
@@ -22,17 +24,8 @@ def get_config() -> config_dict.ConfigDict:
     config.batch_size = 8
     config.dtype = "float32"
 
-    config.memory = config_dict.ConfigDict()
-    config.memory.steps = 2
-    config.memory.learning_rate = 0.1
-    config.memory.clip_norm = 1.0
-    config.memory.pre_anchor_scale = 1.5
-    config.memory.adapter = "lora"
-    config.memory.rank = 32
-    config.memory.alpha = 64.0
-    config.memory.layer_fraction = 0.1
-    config.memory.target_modules = ("mlp",)
-    config.memory.prompt_mask_ratio = 0.2
+    # None: as the model was trained.
+    config.memory = _memory.changes()
 
     config.needles = config_dict.ConfigDict()
     config.needles.enabled = True

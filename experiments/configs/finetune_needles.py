@@ -46,8 +46,12 @@ def get_config() -> config_dict.ConfigDict:
 
     config.memory = config_dict.ConfigDict()
     config.memory.enabled = True
+    config.memory.masking = "pmc"
+    config.memory.loss = "ce"
     config.memory.steps = 2
+    config.memory.epochs = 1
     config.memory.learning_rate = 0.1
+    config.memory.clip = "local"
     config.memory.clip_norm = 1.0
     config.memory.pre_anchor_scale = 1.5
     config.memory.adapter = "lora"
@@ -57,10 +61,14 @@ def get_config() -> config_dict.ConfigDict:
     config.memory.target_modules = ("mlp",)
     config.memory.scope = "example"
     config.memory.meta_gradient = "first_order"
+    # What of the inner loop is learned too: "rates", "start", or both.
+    config.memory.learned = ()
 
     config.schedule = config_dict.ConfigDict()
     config.schedule.minimum_time = 1e-3
     config.schedule.sampling = "iid"
+
+    config.loss = {"weighting": "scheduler", "normalisation": "token"}
 
     config.train = config_dict.ConfigDict()
     config.train.output = ""
@@ -82,5 +90,6 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.beta2 = 0.999
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = config_dict.FieldReference(1.0, object)  # a float or None
+    config.optimizer.inner_scale = 100.0
     config.optimizer.accumulation = 1
     return config

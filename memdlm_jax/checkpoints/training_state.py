@@ -19,6 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from memdlm_jax.checkpoints.trees import named
+
 logger = logging.getLogger(__name__)
 
 Json = Any
@@ -107,7 +109,7 @@ class TrainingCheckpoints:
             "config": self.config,
             "position": position,
             "extra": dict(extra or {}),
-            "arrays": {name: _describe(leaf) for name, leaf in _named(state).items()},
+            "arrays": {name: _describe(leaf) for name, leaf in named(state).items()},
         }
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -190,7 +192,7 @@ class TrainingCheckpoints:
             state = self._manager.restore(step, args=arguments)["state"]
         except Exception as error:
             raise CorruptCheckpoint(_first_line(error)) from error
-        for name, leaf in _named(state).items():
+        for name, leaf in named(state).items():
             if _describe(leaf) != notes["arrays"][name]:
                 raise CorruptCheckpoint(f"the digest of array {name} is not the one saved")
         return Restored(step, state, notes["position"], notes["extra"])
@@ -238,12 +240,6 @@ class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Slash-separated path -> leaf."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
-
-
 def _describe(leaf: jax.Array) -> dict[str, Json]:
     content = _on_host(leaf)
     as_bytes: Any = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
@@ -274,7 +270,7 @@ def _check_arrays(step: int, saved: dict[str, Json], template: Any) -> None:
     """Compare names, shapes and dtypes; Orbax would cast a differing dtype without a word."""
     expected = {
         name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-        for name, leaf in _named(template).items()
+        for name, leaf in named(template).items()
     }
     for name in sorted(saved.keys() | expected.keys()):
         old = {k: v for k, v in saved.get(name, {}).items() if k != "sha256"}

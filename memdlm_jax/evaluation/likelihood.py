@@ -18,6 +18,7 @@ from memdlm_jax.evaluation import statistics
 from memdlm_jax.evaluation.systems import System, write_prompts
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.learned import InnerParameters
 from memdlm_jax.typing import Batch, Denoiser, Key, Theta
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -98,6 +99,7 @@ def row_losses(
     key: Key,
     rows: Int[Array, "b"],
     batch: Batch,
+    inner: InnerParameters | None = None,
 ) -> Float[Array, "b"]:
     """MDLM bound on -log p(response | prompt) of every row, in nats.
 
@@ -115,13 +117,14 @@ def row_losses(
         key: PRNG key, the same for every batch.
         rows: number of every row; a row's masks hang on it alone, not on its neighbours.
         batch: clean rows [b, l], padded on the right.
+        inner: the learned inner loop's parameters.
     """
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
     memory_keys, mask_keys = jnp.unstack(jax.vmap(jax.random.split)(row_keys), axis=1)
     phi, split = None, denoiser.num_layers
     if memory is not None:
         prompt = batch.valid & ~batch.maskable
-        phi = write_prompts(memory_keys, denoiser, memory, theta, batch.tokens, prompt)
+        phi = write_prompts(memory_keys, denoiser, memory, theta, batch.tokens, prompt, inner)
         split = fast_weights.split_of(denoiser, memory)
     maskable = batch.maskable.sum(-1)
 
@@ -212,6 +215,7 @@ def dataset_losses(
         losses[places] = row_losses(
             system.denoiser, system.memory, config.samples, capacity, system.theta,
             jax.random.key(config.seed), places, _pad([rows[i] for i in places], pad_token_id),
+            system.inner,
         )  # fmt: skip
     return losses
 

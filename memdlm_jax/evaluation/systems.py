@@ -15,6 +15,7 @@ from memdlm_jax.diffusion import decode, unmasking
 from memdlm_jax.diffusion.decode import DecodeConfig, Decoded
 from memdlm_jax.memory import fast_weights, prompt_memory
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.learned import InnerParameters
 from memdlm_jax.typing import Denoiser, Key, Mask, Phi, Theta, Tokens
 
 NAMES = ("mdlm", "memdlm_train_only", "memdlm")
@@ -30,22 +31,28 @@ class System:
         denoiser: the backbone.
         theta: base parameters.
         memory: how a prompt is written; ``None`` decodes without memory.
+        inner: the learned inner loop's parameters, if it was learned.
     """
 
     name: str
     denoiser: Denoiser
     theta: Theta
     memory: MemoryConfig | None = None
+    inner: InnerParameters | None = None
 
 
 def three_systems(
-    denoiser: Denoiser, mdlm_theta: Theta, memdlm_theta: Theta, memory: MemoryConfig
+    denoiser: Denoiser,
+    mdlm_theta: Theta,
+    memdlm_theta: Theta,
+    memory: MemoryConfig,
+    inner: InnerParameters | None = None,
 ) -> tuple[System, System, System]:
     """The comparison of the paper from two trained thetas; the last two systems share theirs."""
     return (
         System("mdlm", denoiser, mdlm_theta),
         System("memdlm_train_only", denoiser, memdlm_theta),
-        System("memdlm", denoiser, memdlm_theta, memory),
+        System("memdlm", denoiser, memdlm_theta, memory, inner),
     )
 
 
@@ -149,7 +156,7 @@ def respond(
             jax.device_get(
                 respond_to_batch(
                     system.denoiser, system.memory, config, system.theta, keys,
-                    tokens[rows], valid[rows],
+                    tokens[rows], valid[rows], system.inner,
                 )
             )
         )  # fmt: skip
@@ -165,6 +172,7 @@ def respond_to_batch(
     keys: Key,
     prompts: Tokens,
     valid: Mask,
+    inner: InnerParameters | None = None,
 ) -> Decoded:
     """Write the prompts into memory, if there is one, and decode.
 
@@ -176,14 +184,15 @@ def respond_to_batch(
         keys: [b] one PRNG key per row.
         prompts: [b, p] int32, padded on the left.
         valid: [b, p] bool, False on padding.
+        inner: the learned inner loop's parameters.
     """
     memory_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
     phi, split = None, denoiser.num_layers
     if memory is not None:
         # Draws are by column: with its padding behind it, a prompt has the columns it has alone.
         padding = jnp.sum(~valid, axis=1)
-        shifted = [jax.vmap(jnp.roll)(x, -padding) for x in (prompts, valid)]
-        phi = write_prompts(memory_keys, denoiser, memory, theta, *shifted)
+        tokens, seen = (jax.vmap(jnp.roll)(x, -padding) for x in (prompts, valid))
+        phi = write_prompts(memory_keys, denoiser, memory, theta, tokens, seen, inner)
         split = fast_weights.split_of(denoiser, memory)
     seen, position_ids = decode.canvas_layout(valid, config.length)
 
@@ -198,7 +207,13 @@ def respond_to_batch(
 
 
 def write_prompts(
-    keys: Key, denoiser: Denoiser, memory: MemoryConfig, theta: Theta, prompts: Tokens, valid: Mask
+    keys: Key,
+    denoiser: Denoiser,
+    memory: MemoryConfig,
+    theta: Theta,
+    prompts: Tokens,
+    valid: Mask,
+    inner: InnerParameters | None = None,
 ) -> Phi:
     """Write each row's prompt into fast weights of its own, with a key of its own.
 
@@ -209,6 +224,7 @@ def write_prompts(
         theta: base parameters.
         prompts: [b, p] int32, beginning in column 0.
         valid: [b, p] bool, False on what is not prompt.
+        inner: the learned inner loop's parameters.
 
     Returns:
         Phi with one group per row.
@@ -216,7 +232,7 @@ def write_prompts(
 
     def write(key, tokens, valid):
         rows = tokens[None], valid[None]
-        phi, _ = prompt_memory.write_prompt(key, denoiser, memory, theta, *rows)
+        phi, _ = prompt_memory.write_prompt(key, denoiser, memory, theta, *rows, inner=inner)
         return jax.tree.map(lambda leaf: leaf[0], phi)
 
     return jax.vmap(write)(keys, prompts, valid)
