@@ -1,0 +1,43 @@
+"""A learned inner loop against the fixed one, on the shipped denoiser.
+
+python -m experiments.compare_inner_loops --config=experiments/configs/compare_inner_loops.py
+"""
+
+from ml_collections import config_dict
+
+from experiments.configs import finetune_needles
+
+
+def get_config() -> config_dict.ConfigDict:
+    """All settings of the run; names and meaning are those of the dataclasses."""
+    config = config_dict.ConfigDict()
+    config.output = "runs/compare_inner_loops"
+    config.seeds = (0, 1, 2)
+    config.variants = (
+        ("fixed", {}),
+        ("learned_rates", {"learned": ("rates",)}),
+        ("learned_both", {"learned": ("rates", "start")}),
+    )
+
+    config.finetune = finetune_needles.get_config()
+    config.finetune.init = "memdlm_jax/assets/tiny"
+    config.finetune.memory.rank = 8
+    config.finetune.memory.alpha = 16.0
+    config.finetune.memory.meta_gradient = "exact"
+    config.finetune.data.directory = "runs/compare_inner_loops/data"
+    config.finetune.data.encode = {"max_length": 192, "long_prompt": "truncate_left"}
+    config.finetune.data.sources = (
+        {
+            "kind": "needles",
+            "needles": {"length": 192, "num_keys": 4},
+            "episodes": (2000, 200, 0),
+        },
+        {"kind": "chitchat"},
+    )
+    config.finetune.pipeline.buckets = (96, 192)
+    config.finetune.pipeline.rows_per_batch = 8
+    config.finetune.validation_batches = 32
+    config.finetune.train.steps = 150
+    config.finetune.train.log_every = 10
+    config.finetune.train.validate_every = 75
+    return config
