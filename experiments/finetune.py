@@ -147,9 +147,19 @@ def prepared_for(config: FinetuneConfig, denoiser: LLaDA) -> PreparedData:
 
 
 def validation_batches(prepared: PreparedData, config: FinetuneConfig) -> list[Batch]:
-    """The first batches of the validation split, in an order that the seed of training fixes."""
+    """The first batches of the validation split, in an order that the seed of training fixes.
+
+    Raises:
+        ValueError: there are none; names the remedy.
+    """
     if not config.validation_batches:
         return []
+    if not prepared.summary["splits"]["validation"]["rows"]:
+        raise ValueError(
+            f"validation_batches={config.validation_batches} must be 0: the split 'validation' has "
+            f"no row in {prepared.directory}. With 0 nothing is validated and the last weights are "
+            "exported; or give more data, 5 % of whose groups are for validation"
+        )
     pipeline = make_pipeline(prepared, "validation", config.pipeline)
     count = min(config.validation_batches, pipeline.steps_per_epoch)
     return [pipeline.batch_at(step) for step in range(count)]
