@@ -83,6 +83,7 @@ def shipped_model() -> str:
 def run(config: QuickstartConfig) -> Path:
     """Do all stages that are not yet done and return the report's path."""
     config = with_conversations(config)
+    provenance = evaluate.provenance("experiments.quickstart", config)
     runs = {"mdlm": None, "memdlm": config.finetune.memory}
     trained = {name: fine_tuned(config, name, memory) for name, memory in runs.items()}
     folders = {name: folder for name, (folder, _) in trained.items()}
@@ -93,10 +94,9 @@ def run(config: QuickstartConfig) -> Path:
     measured, _ = stage(note, asked, evaluate.measure)
     seconds = {f"fine-tuning {name}": taken for name, (_, taken) in trained.items()}
     seconds |= measured.pop("seconds")
-    provenance = evaluate.provenance("experiments.quickstart", config, seconds)
     results = {
         "title": "Quickstart: MDLM and MemDLM on a small denoiser",
-        "run": provenance | {"notes": [_what_it_shows(config)]},
+        "run": provenance | {"seconds": seconds, "notes": [_what_it_shows(config)]},
         "curves": {name: figures.read_curve(f / "metrics.jsonl") for name, f in folders.items()},
     } | measured
     print(evaluate.table(results))
