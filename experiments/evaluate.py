@@ -36,7 +36,7 @@ from memdlm_jax.evaluation.samples import sample_replies
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory.config import MemoryConfig
 
-PACKAGES = ("memdlm_jax", "jax", "jaxlib", "flax", "optax", "numpy", "chitchat-dataset")
+PACKAGES = ("memdlm_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "chitchat-dataset")
 
 
 @dataclasses.dataclass(frozen=True)
