@@ -12,6 +12,7 @@ of the memory that they were trained with.
 import dataclasses
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,10 +179,10 @@ def identity_of(config: FinetuneConfig, prepared: PreparedData) -> dict[str, Any
 
 
 def main(config: FinetuneConfig) -> None:
-    """Run from the command line."""
+    """Run from the command line; the status tells a run that a signal stopped from a whole one."""
     result = finetune(config)
     if not result.finished:
-        logger.info("stopped after step %d; run the same command to go on", result.state.step)
+        sys.exit(f"stopped after step {result.state.step}; run the same command to go on")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,6 @@ def quick(model, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", measure)
     config = quickstart_defaults.get_config()
     config.update({"model": model, "output": str(tmp_path / "quick"), "conversations": 2})
-    config.finetune.data.directory = str(tmp_path / "data")
     talks = [(f"talk {i}", [("a", "hi"), ("b", "ho"), ("a", "so")]) for i in range(3)]
     monkeypatch.setattr(sources, "chitchat_turns", lambda: iter(talks))
     return config, done
@@ -194,7 +193,7 @@ def test_quickstart_does_each_stage_once(quick, tmp_path):
     assert done[:2] == ["mdlm", "memdlm"] and len(done) == 3
     assert "quick/mdlm-" in done[2] and "quick/memdlm-" in done[2]
     stored = json.loads(page.with_name("results.json").read_text())
-    talk = json.loads((tmp_path / "data/conversations-2.jsonl").read_text().splitlines()[1])
+    talk = json.loads((tmp_path / "quick/data/conversations-2.jsonl").read_text().splitlines()[1])
     assert [m["role"] for m in talk["messages"]] == ["assistant", "user", "assistant"]
     assert talk["group"] == "talk 1"
     assert set(stored["curves"]) == {"mdlm", "memdlm"}
@@ -208,6 +207,8 @@ def test_quickstart_settings(quick):
     config, _ = quick
     built = quickstart.from_config_dict(config)
     assert built.finetune.memory == built.evaluate.memory
+    config.finetune.data.directory = "elsewhere"
+    assert quickstart.from_config_dict(config).finetune.data.directory == "elsewhere"
     config.model = ""
     assert quickstart.from_config_dict(config).finetune.init.endswith("assets/tiny")
     config.output = ""
