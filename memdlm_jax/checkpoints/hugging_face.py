@@ -142,16 +142,13 @@ def _remove_shards(folder: Path) -> None:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """Sha256 of all safetensors files of a folder, for telling starting weights apart.
+    """Sha256 of the files that ``load`` reads theta from, for telling starting weights apart.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: one of them is missing.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors: it is no model folder")
     weights = hashlib.sha256()
-    for file in files:
+    for file in _weight_files(Path(folder)):
         with file.open("rb") as content:
             weights.update(hashlib.file_digest(content, "sha256").digest())
     return weights.hexdigest()
@@ -177,8 +174,8 @@ def _get(tree, path: tuple):
     return tree
 
 
-def _open(folder: Path) -> dict[str, safetensors.safe_open]:
-    """Map every tensor name to its opened file."""
+def _weight_files(folder: Path) -> list[Path]:
+    """The one file of a folder, or its shards, by name."""
     index = folder / _INDEX
     files = [folder / _WEIGHTS]
     if index.exists():
@@ -187,7 +184,12 @@ def _open(folder: Path) -> dict[str, safetensors.safe_open]:
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: a model folder holds safetensors weights")
-    opened = [_open_file(file) for file in files]
+    return files
+
+
+def _open(folder: Path) -> dict[str, safetensors.safe_open]:
+    """Map every tensor name to its opened file."""
+    opened = [_open_file(file) for file in _weight_files(folder)]
     return {name: handle for handle in opened for name in handle.keys()}  # noqa: SIM118
 
 

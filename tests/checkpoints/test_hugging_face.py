@@ -106,15 +106,16 @@ def test_a_save_that_fails_leaves_what_was_there(folder, monkeypatch):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_the_digest_is_of_all_weights(folder):
+def test_the_digest_is_of_all_weights_and_of_nothing_else(folder):
     whole = hugging_face.weights_digest(folder)
+    (folder / "inner_parameters.safetensors").write_bytes(b"of a memory")
+    assert hugging_face.weights_digest(folder) == whole
     cut_into_shards(folder)
     sharded = hugging_face.weights_digest(folder)
     (folder / "b.safetensors").write_bytes(b"other")
     assert len({whole, sharded, hugging_face.weights_digest(folder)}) == 3
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    with pytest.raises(FileNotFoundError, match="holds no"):
+    (folder / "a.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.safetensors is missing"):
         hugging_face.weights_digest(folder)
 
 
