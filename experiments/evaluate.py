@@ -15,9 +15,9 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from ml_collections import config_dict
@@ -25,7 +25,7 @@ from ml_collections import config_dict
 from experiments import _cli, _memory
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
-from memdlm_jax.data.example import Example
+from memdlm_jax.data.sft import Row
 from memdlm_jax.data.text import Split
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.decode import DecodeConfig
@@ -36,7 +36,7 @@ from memdlm_jax.evaluation.samples import sample_replies
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory.config import MemoryConfig
 
-PACKAGES = ("memdlm_jax", "jax", "jaxlib", "flax", "optax", "numpy", "chitchat-dataset")
+PACKAGES = ("memdlm_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "chitchat-dataset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +45,22 @@ class HeldOutConfig:
 
     Attributes:
         path: JSON lines as for fine-tuning; empty takes the chitchat corpus.
+        split: which lines of ``path``; ``all`` is for a file that nothing was trained on, empty is
+            the split of everything else.
         rows: one of each conversation, at most this many.
         max_length: tokens of the longest row.
         samples: conversations to show replies to.
     """
 
     path: str = ""
+    split: Literal["", "train", "validation", "test", "all"] = ""
     rows: int = 200
     max_length: int = 256
     samples: int = 3
 
     def __post_init__(self):
+        if self.split and not self.path:
+            raise ValueError(f"split={self.split!r} must be empty without path")
         if self.rows < 2:
             raise ValueError(f"rows={self.rows} must be at least 2")
         if not 0 <= self.samples <= self.rows:
@@ -77,7 +82,7 @@ class EvaluateConfig:
         needles: cells of the needle comparison; ``None`` leaves it out.
         likelihood: held-out loss; ``None`` leaves it out.
         haystack: folder of text for the haystacks; empty takes the chitchat corpus.
-        split: held-out split that everything comes from.
+        split: held-out split that everything comes from, own conversations aside.
         seed: of memory, sampling noise and the choice of conversations.
         max_length: longest canvas in tokens; 0 is what the model is meant for.
         batch_size: rows decoded at a time.
@@ -139,8 +144,20 @@ def without_disabled(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure all systems; JSON-ready parts of a report, with ``seconds`` by part."""
+    """Measure all systems; JSON-ready parts of a report, with ``seconds`` by part.
+
+    Raises:
+        FileNotFoundError: a model folder or a file of text is not there.
+        ImportError: a corpus package is not installed.
+        ValueError: systems that do not compare, or text that does not fit.
+    """
     systems, tokenizer, max_length = load_systems(config)
+    reading = config.likelihood or config.held_out.samples
+    if reading and config.held_out.max_length > max_length:
+        raise ValueError(
+            f"held_out.max_length={config.held_out.max_length} must be at most {max_length}, the "
+            "longest canvas (max_length, or what the models are meant for)"
+        )
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
 
@@ -153,7 +170,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     if config.needles:
         suite = config.needles
         part("needles", lambda: ask_needles(config, suite, systems, tokenizer, max_length))
-    if config.likelihood or config.held_out.samples:
+    if reading:
         part("held-out", lambda: read_held_out(config, systems, tokenizer, max_length))
     return results | {"seconds": seconds}
 
@@ -164,14 +181,15 @@ def load_systems(config: EvaluateConfig) -> tuple[list[System], Tokenizer, int]:
     Raises:
         ValueError: no folder is given, or two of them disagree on sizes or tokenizer.
     """
-    systems, tokenizers, limits = [], {}, []
+    systems: list[System] = []
+    tokenizers, models = {}, []
     for name, folder in (("mdlm", config.mdlm), ("memdlm", config.memdlm)):
         if not folder:
             continue
         denoiser, theta = hugging_face.load(folder, config.dtype)
         tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
         tokenizers[tokenizer.digest()] = tokenizer
-        limits.append(denoiser.config.max_length)
+        models.append(denoiser.config)
         if name == "mdlm":
             systems.append(System("mdlm", denoiser, theta))
         else:
@@ -182,7 +200,13 @@ def load_systems(config: EvaluateConfig) -> tuple[list[System], Tokenizer, int]:
         raise ValueError("mdlm='' and memdlm='': at least one must name a model folder")
     if len(tokenizers) > 1:
         raise ValueError(f"mdlm={config.mdlm} and memdlm={config.memdlm} differ in tokenizer.json")
-    return systems, next(iter(tokenizers.values())), config.max_length or min(limits)
+    first, last = (dataclasses.asdict(model) for model in (models[0], models[-1]))
+    if differ := [f"{k}={first[k]!r} and {last[k]!r}" for k in first if first[k] != last[k]]:
+        raise ValueError(
+            f"mdlm={config.mdlm} and memdlm={config.memdlm} must be models of one kind, they have "
+            + ", ".join(differ)
+        )
+    return systems, next(iter(tokenizers.values())), config.max_length or models[0].max_length
 
 
 def ask_needles(
@@ -217,10 +241,7 @@ def read_held_out(
 ) -> dict[str, Any]:
     """Held-out loss of every system, and some replies."""
     held = config.held_out
-    rows = likelihood.held_out_rows(
-        _conversations(config), tokenizer,
-        max_length=held.max_length, count=held.rows, seed=config.seed,
-    )  # fmt: skip
+    rows = held_out_rows(config, tokenizer)
     results: dict[str, Any] = {}
     if config.likelihood:
         results["likelihood"] = likelihood.evaluate(
@@ -236,25 +257,59 @@ def read_held_out(
     return results
 
 
-def _conversations(config: EvaluateConfig) -> Iterable[Example]:
-    if config.held_out.path:
-        return sources.jsonl_examples(config.held_out.path, config.split)
-    return sources.chitchat_examples(config.split)
+def held_out_rows(config: EvaluateConfig, tokenizer: Tokenizer) -> list[Row]:
+    """One row of each held-out conversation; says how many of how many were taken.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: the corpus package is not installed.
+        ValueError: a wrong line, or fewer than two rows; names the split.
+    """
+    held, split = config.held_out, config.held_out.split or config.split
+    if held.path:
+        total = sum(1 for _ in sources.jsonl_examples(held.path, None))
+        examples = list(sources.jsonl_examples(held.path, None if split == "all" else split))
+        taken = f"{len(examples)} of {total} examples of {held.path}"
+    else:
+        examples = list(sources.chitchat_examples(config.split))
+        taken = f"{len(examples)} examples of the chitchat corpus"
+    groups = len({example.group for example in examples})
+    try:
+        rows = likelihood.held_out_rows(
+            examples, tokenizer, max_length=held.max_length, count=held.rows, seed=config.seed
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"the split {split!r} has {taken}, in {groups} groups: {error}. Give "
+            "more groups, or set held_out.split='all' for a file that is all held out"
+        ) from error
+    print(
+        f"held-out: {len(rows)} rows, one a group, of {groups} groups ({taken}, split {split!r})",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    return rows
 
 
-def provenance(module: str, settings: Any, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """What a reader needs to do it again: the ``run`` part of a report."""
+def provenance(module: str, settings: Any) -> dict[str, Any]:
+    """What a reader needs to do it again: the ``run`` part of a report, but for ``seconds``."""
     versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions |= {name: _version(name) for name in PACKAGES}
     device = jax.devices()[0]
     versions["device"] = f"{len(jax.devices())} x {device.device_kind}, {os.cpu_count()} CPU cores"
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "config": dataclasses.asdict(settings),
         "versions": versions,
-        "seconds": dict(seconds),
         "notes": [],
     }
+
+
+def _version(package: str) -> str:
+    """Version of a package, some of which are optional."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -279,8 +334,9 @@ def table(results: Mapping[str, Any]) -> str:
 
 def main(config: EvaluateConfig) -> None:
     """Run from the command line."""
+    run = provenance("experiments.evaluate", config)
     measured = measure(config)
-    run = provenance("experiments.evaluate", config, measured.pop("seconds"))
+    run["seconds"] = measured.pop("seconds")
     results = {"title": "Comparison of fine-tuned denoisers", "run": run} | measured
     page = report.write(config.output, results)
     print(table(results))

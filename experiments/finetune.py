@@ -12,6 +12,7 @@ of the memory that they were trained with.
 import dataclasses
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,9 +148,19 @@ def prepared_for(config: FinetuneConfig, denoiser: LLaDA) -> PreparedData:
 
 
 def validation_batches(prepared: PreparedData, config: FinetuneConfig) -> list[Batch]:
-    """The first batches of the validation split, in an order that the seed of training fixes."""
+    """The first batches of the validation split, in an order that the seed of training fixes.
+
+    Raises:
+        ValueError: there are none; names the remedy.
+    """
     if not config.validation_batches:
         return []
+    if not prepared.summary["splits"]["validation"]["rows"]:
+        raise ValueError(
+            f"validation_batches={config.validation_batches} must be 0: the split 'validation' has "
+            f"no row in {prepared.directory}. With 0 nothing is validated and the last weights are "
+            "exported; or give more data, 5 % of whose groups are for validation"
+        )
     pipeline = make_pipeline(prepared, "validation", config.pipeline)
     count = min(config.validation_batches, pipeline.steps_per_epoch)
     return [pipeline.batch_at(step) for step in range(count)]
@@ -168,10 +179,10 @@ def identity_of(config: FinetuneConfig, prepared: PreparedData) -> dict[str, Any
 
 
 def main(config: FinetuneConfig) -> None:
-    """Run from the command line."""
+    """Run from the command line; the status tells a run that a signal stopped from a whole one."""
     result = finetune(config)
     if not result.finished:
-        logger.info("stopped after step %d; run the same command to go on", result.state.step)
+        sys.exit(f"stopped after step {result.state.step}; run the same command to go on")
 
 
 if __name__ == "__main__":

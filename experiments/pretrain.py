@@ -9,6 +9,7 @@ weights are in OUTPUT/model, in the format that every other script loads.
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from memdlm_jax.models.induction import InductionInit
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.training import loop, pretraining
 from memdlm_jax.training import state as states
-from memdlm_jax.training.loop import TrainConfig
+from memdlm_jax.training.loop import Result, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.pretraining import PretrainingData
 from memdlm_jax.training.step import StepSetup
@@ -95,8 +96,8 @@ def from_config_dict(config: config_dict.ConfigDict) -> PretrainConfig:
     return _cli.build(PretrainConfig, settings)
 
 
-def run(config: PretrainConfig) -> Path:
-    """Train, resuming what is there, and return the exported model folder."""
+def run(config: PretrainConfig) -> tuple[Path, Result]:
+    """Train, resuming what is there, and return the exported model folder and the last state."""
     output = Path(config.train.output)
     tokenizer_file = Path(config.tokenizer or output / "tokenizer.json")
     tokenizer = pretraining.tokenizer_at(tokenizer_file, config.model.vocab_size)
@@ -111,7 +112,7 @@ def run(config: PretrainConfig) -> Path:
     state = states.create(first_theta(config, denoiser), config.optimizer)
     probe = needle_probe(config.probe, denoiser, tokenizer, data.held_out_sentences, output)
     result = loop.run(config.train, setup, state, data.train, data.validation, identity, probe)
-    return export(output / "model", denoiser, result.state.theta, tokenizer)
+    return export(output / "model", denoiser, result.state.theta, tokenizer), result
 
 
 def identity_of(config: PretrainConfig, data: PretrainingData) -> dict[str, Any]:
@@ -191,8 +192,11 @@ def _check_vocabulary(model: LLaDAConfig, tokenizer: Tokenizer) -> None:
 
 
 def main(config: PretrainConfig) -> None:
-    """Run from the command line."""
-    logger.info("weights in %s", run(config))
+    """Run from the command line; the status tells a run that a signal stopped from a whole one."""
+    folder, result = run(config)
+    logger.info("weights in %s", folder)
+    if not result.finished:
+        sys.exit(f"stopped after step {result.state.step}; run the same command to go on")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import hashlib
 import importlib.resources
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +60,8 @@ class QuickstartConfig:
 def from_config_dict(config: config_dict.ConfigDict) -> QuickstartConfig:
     """Build the settings; ``memory`` holds for training and inference, ``model`` is the start.
 
+    An empty ``finetune.data.directory`` is OUTPUT/data.
+
     Raises:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
@@ -71,6 +72,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> QuickstartConfig:
     tuning, evaluation = settings["finetune"], evaluate.without_disabled(settings["evaluate"])
     tuning |= {"init": model or shipped_model(), "memory": dict(memory)}
     tuning["train"]["output"] = output
+    tuning["data"]["directory"] = tuning["data"]["directory"] or str(Path(output) / "data")
     evaluation |= {"output": output, "memory": memory}
     return _cli.build(QuickstartConfig, settings | {"output": output})
 
@@ -83,6 +85,7 @@ def shipped_model() -> str:
 def run(config: QuickstartConfig) -> Path:
     """Do all stages that are not yet done and return the report's path."""
     config = with_conversations(config)
+    provenance = evaluate.provenance("experiments.quickstart", config)
     runs = {"mdlm": None, "memdlm": config.finetune.memory}
     trained = {name: fine_tuned(config, name, memory) for name, memory in runs.items()}
     folders = {name: folder for name, (folder, _) in trained.items()}
@@ -93,10 +96,9 @@ def run(config: QuickstartConfig) -> Path:
     measured, _ = stage(note, asked, evaluate.measure)
     seconds = {f"fine-tuning {name}": taken for name, (_, taken) in trained.items()}
     seconds |= measured.pop("seconds")
-    provenance = evaluate.provenance("experiments.quickstart", config, seconds)
     results = {
         "title": "Quickstart: MDLM and MemDLM on a small denoiser",
-        "run": provenance | {"notes": [_what_it_shows(config)]},
+        "run": provenance | {"seconds": seconds, "notes": [_what_it_shows(config)]},
         "curves": {name: figures.read_curve(f / "metrics.jsonl") for name, f in folders.items()},
     } | measured
     print(evaluate.table(results))
@@ -141,10 +143,8 @@ def fine_tuned(
 
 
 def train_fully(config: FinetuneConfig) -> None:
-    """Fine-tune to the last step; stops the program if a signal stopped the training."""
-    result = finetune.finetune(config)
-    if not result.finished:
-        sys.exit(f"stopped after step {result.state.step}; run the same command to go on")
+    """Fine-tune to the last step; ends the program if a signal stopped the training."""
+    finetune.main(config)
 
 
 def stage(path: Path, settings: Any, compute: Callable[[Any], Any]) -> Stage:

@@ -3,6 +3,9 @@
     python -m experiments.evaluate --config=experiments/configs/evaluate.py \
         --config.mdlm=MODEL --config.memdlm=MODEL
 
+``--config.held_out.path=TEST.jsonl --config.held_out.split=all`` reads the whole of a file that is
+not trained on; otherwise the test share of its groups, 5 %.
+
 ``--config.needles.enabled=False`` and ``--config.likelihood.enabled=False`` leave a part out.
 """
 
@@ -45,5 +48,5 @@ def get_config() -> config_dict.ConfigDict:
     config.likelihood.samples = 8
     config.likelihood.seed = 0
 
-    config.held_out = {"path": "", "rows": 200, "max_length": 256, "samples": 3}
+    config.held_out = {"path": "", "split": "", "rows": 200, "max_length": 256, "samples": 3}
     return config

@@ -4,8 +4,9 @@
         --config.init=MODEL --config.train.output=runs/own --config.train.steps=STEPS
 
 ``ROWS.jsonl`` holds one object a line, with ``prompt`` and ``response`` or with ``messages`` (see
-docs/data.md). The paper takes LongAlpaca-12k up to 4,096 tokens for 5 epochs; the script prints the
-steps of an epoch.
+docs/data.md). A model that is meant for fewer than 4,096 tokens needs a smaller
+``--config.data.encode.max_length=N`` and ``--config.pipeline.buckets="(..., N)"``. The paper takes
+LongAlpaca-12k up to 4,096 tokens for 5 epochs; the script prints the steps of an epoch.
 """
 
 from ml_collections import config_dict

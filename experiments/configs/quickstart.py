@@ -41,7 +41,7 @@ def get_config() -> config_dict.ConfigDict:
     config.finetune = finetune_needles.get_config()
     for filled in ("init", "memory"):
         del config.finetune[filled]
-    config.finetune.data.directory = "runs/quickstart/data"
+    config.finetune.data.directory = ""  # OUTPUT/data
     config.finetune.data.encode = {"max_length": 320, "long_prompt": "truncate_left"}
     config.finetune.data.sources = (
         {

@@ -3,8 +3,10 @@
 No code of a checkpoint is ever run and no pickle is ever read. Tensors are read one at a time.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.typing import Theta
 
 ARCHITECTURES = ("LLaDAModelLM",)
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("float32", "bfloat16", "float16")
 _BLOCK = "model.transformer.blocks.{}."
 # Our path inside a layer -> (published name inside a block, whether it is a transposed matrix).
@@ -94,6 +97,9 @@ def load(folder: str | Path, dtype: str = "float32") -> tuple[LLaDA, Theta]:
 def save(folder: str | Path, denoiser: LLaDA, theta: Theta) -> None:
     """Write theta as a folder that ``load`` and the published modelling code read.
 
+    Files appear whole or not at all. The shards of a model that was there before are removed with
+    their index, which would else stay in force.
+
     Args:
         folder: made if missing; ``config.json`` and ``model.safetensors`` in it are replaced.
         denoiser: gives the config.
@@ -105,22 +111,44 @@ def save(folder: str | Path, denoiser: LLaDA, theta: Theta) -> None:
     for path, (name, transposed) in _names(denoiser.config):
         array = np.asarray(_get(theta, path))
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.dumps(_published_config(denoiser.config, theta), indent=2, sort_keys=True)
-    (folder / "config.json").write_text(config + "\n")
+    with _replacing(folder / _WEIGHTS) as weights, _replacing(folder / "config.json") as settings:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        settings.write_text(config + "\n")
+    _remove_shards(folder)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of ``path`` if all goes well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_shards(folder: Path) -> None:
+    """Remove an index, and the files in the folder itself that it names."""
+    index = folder / _INDEX
+    if not index.exists():
+        return
+    stale = set(json.loads(index.read_text())["weight_map"].values()) - {_WEIGHTS}
+    index.unlink()
+    for name in stale:
+        if Path(name).name == name and name.endswith(".safetensors"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def weights_digest(folder: str | Path) -> str:
-    """Sha256 of all safetensors files of a folder, for telling starting weights apart.
+    """Sha256 of the files that ``load`` reads theta from, for telling starting weights apart.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: one of them is missing.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors: it is no model folder")
     weights = hashlib.sha256()
-    for file in files:
+    for file in _weight_files(Path(folder)):
         with file.open("rb") as content:
             weights.update(hashlib.file_digest(content, "sha256").digest())
     return weights.hexdigest()
@@ -146,17 +174,22 @@ def _get(tree, path: tuple):
     return tree
 
 
-def _open(folder: Path) -> dict[str, safetensors.safe_open]:
-    """Map every tensor name to its opened file."""
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
+def _weight_files(folder: Path) -> list[Path]:
+    """The one file of a folder, or its shards, by name."""
+    index = folder / _INDEX
+    files = [folder / _WEIGHTS]
     if index.exists():
         shards = set(json.loads(index.read_text())["weight_map"].values())
         files = [folder / name for name in sorted(shards)]
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: a model folder holds safetensors weights")
-    opened = [_open_file(file) for file in files]
+    return files
+
+
+def _open(folder: Path) -> dict[str, safetensors.safe_open]:
+    """Map every tensor name to its opened file."""
+    opened = [_open_file(file) for file in _weight_files(folder)]
     return {name: handle for handle in opened for name in handle.keys()}  # noqa: SIM118
 
 

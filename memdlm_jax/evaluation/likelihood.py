@@ -163,8 +163,8 @@ def evaluate(
     Returns:
         JSON-ready ``{"config", "rows", "maskable_tokens", "systems": {name: {"loss",
         "standard_error"}}, "comparisons": [...]}``; nats per maskable token, errors over the rows.
-        A comparison is the second system's loss minus the first's, row by row, with the p-value
-        of a normal test and Holm's adjustment.
+        A comparison is the second system's loss minus the first's, row by row, with a 95 %
+        interval and the p-value of Student's t over the rows, and Holm's adjustment.
 
     Raises:
         ValueError: fewer than two rows.
@@ -184,11 +184,14 @@ def _compare(sums: dict[str, np.ndarray], counts: Int[np.ndarray, "n"]) -> list[
     """Row-by-row differences of every two systems, with p-values adjusted for their number."""
     pairs = list(itertools.combinations(sums, 2))
     found = [_estimate(sums[b] - sums[a], counts) for a, b in pairs]
-    raw = [statistics.normal_p_value(d["loss"], d["standard_error"]) for d in found]
+    both = [(d["loss"], d["standard_error"], len(counts)) for d in found]
+    raw = [statistics.t_p_value(*each) for each in both]
     return [
-        {"first": a, "second": b} | difference | {"p_value": p, "p_adjusted": adjusted}
-        for (a, b), difference, p, adjusted in zip(
-            pairs, found, raw, statistics.holm(raw), strict=True
+        {"first": a, "second": b}
+        | difference
+        | {"interval": list(statistics.t_interval(*each)), "p_value": p, "p_adjusted": adjusted}
+        for (a, b), difference, each, p, adjusted in zip(
+            pairs, found, both, raw, statistics.holm(raw), strict=True
         )
     ]
 

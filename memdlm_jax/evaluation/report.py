@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 
 from memdlm_jax.evaluation import figures
-from memdlm_jax.evaluation.statistics import Z95
 
 PARTS = ("needles", "likelihood", "curves", "samples", "history")
 """Parts of the results that may be missing."""
@@ -129,9 +128,11 @@ def _floor_sentences(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _loss_sentence(c: Mapping[str, Any], rows: int) -> str:
+    low, high = c["interval"]
     numbers = (
-        f"{c['loss']:+.4f} ± {Z95 * c['standard_error']:.4f} nats per maskable token (95 %), "
-        f"n = {rows} rows; p {_equals(c['p_value'])}, {_equals(c['p_adjusted'])} adjusted"
+        f"{c['loss']:+.4f} nats per maskable token, 95 % interval {low:+.4f} to {high:+.4f}, "
+        f"n = {rows} rows; Student's t p {_equals(c['p_value'])}, "
+        f"{_equals(c['p_adjusted'])} adjusted"
     )
     if c["p_adjusted"] >= LEVEL:
         return (

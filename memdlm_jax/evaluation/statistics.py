@@ -1,4 +1,4 @@
-"""Intervals and paired tests: small, exact where that is cheap, plain Python."""
+"""Intervals and paired tests: small, exact where that is cheap."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -87,11 +88,34 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def normal_p_value(estimate: float, standard_error: float) -> float:
-    """Two-sided p-value of "the true value is zero" for a normal estimate; 1 if both are zero."""
+def t_p_value(estimate: float, standard_error: float, rows: int) -> float:
+    """Two-sided p-value of "the true value is zero", Student's t with ``rows - 1`` degrees.
+
+    1 if estimate and error are both zero. A normal test would find too much in few rows.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    _check_rows(rows)
     if standard_error == 0:
         return float(estimate == 0)
-    return math.erfc(abs(estimate) / standard_error / math.sqrt(2))
+    return float(2 * stats.t.sf(abs(estimate) / standard_error, rows - 1))
+
+
+def t_interval(estimate: float, standard_error: float, rows: int) -> tuple[float, float]:
+    """95 % interval of an estimate over rows, Student's t with ``rows - 1`` degrees.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    _check_rows(rows)
+    half = float(stats.t.ppf(0.975, rows - 1)) * standard_error
+    return estimate - half, estimate + half
+
+
+def _check_rows(rows: int) -> None:
+    if rows < 2:
+        raise ValueError(f"rows={rows} must be at least 2: one row says nothing of its spread")
 
 
 def ratio_estimate(sums: ArrayLike, counts: ArrayLike) -> tuple[float, float]:

@@ -51,8 +51,7 @@ def test_published_layout(folder):
     assert tensors["model.transformer.ff_out.weight"].shape == (20, 16)
 
 
-def test_shards_load_like_one_file(folder):
-    _, whole = hugging_face.load(folder)
+def cut_into_shards(folder):
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -61,8 +60,63 @@ def test_shards_load_like_one_file(folder):
     index = {"weight_map": {n: file for file, held in parts.items() for n in held}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
+
+
+def test_shards_load_like_one_file(folder):
+    _, whole = hugging_face.load(folder)
+    cut_into_shards(folder)
     _, sharded = hugging_face.load(folder)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), whole, sharded))
+
+
+def test_saving_over_shards_replaces_them(folder):
+    cut_into_shards(folder)
+    (folder / "kept.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+    model = LLaDA(LLaDAConfig(**SIZES))
+    theta = model.init(jax.random.key(1))
+    hugging_face.save(folder, model, theta)
+    _, loaded = hugging_face.load(folder)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), theta, loaded))
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json", "kept.safetensors", "model.safetensors"
+    ]  # fmt: skip
+
+
+def test_only_files_of_the_folder_are_removed(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "x.safetensors"
+    outside.touch()
+    index = {"weight_map": {"a": str(outside), "b": f"../{outside.parent.name}/x.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = LLaDA(LLaDAConfig(**SIZES))
+    hugging_face.save(folder, model, model.init(jax.random.key(1)))
+    assert outside.exists() and not (folder / "model.safetensors.index.json").exists()
+
+
+def test_a_save_that_fails_leaves_what_was_there(folder, monkeypatch):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(hugging_face, "save_file", half)
+    model = LLaDA(LLaDAConfig(**SIZES))
+    with pytest.raises(OSError, match="the disk is full"):
+        hugging_face.save(folder, model, model.init(jax.random.key(1)))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_the_digest_is_of_all_weights_and_of_nothing_else(folder):
+    whole = hugging_face.weights_digest(folder)
+    (folder / "inner_parameters.safetensors").write_bytes(b"of a memory")
+    assert hugging_face.weights_digest(folder) == whole
+    cut_into_shards(folder)
+    sharded = hugging_face.weights_digest(folder)
+    (folder / "b.safetensors").write_bytes(b"other")
+    assert len({whole, sharded, hugging_face.weights_digest(folder)}) == 3
+    (folder / "a.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.safetensors is missing"):
+        hugging_face.weights_digest(folder)
 
 
 def test_every_misfit_is_listed(folder):

@@ -81,6 +81,9 @@ def test_evaluate_compares_on_the_same_masks(systems, rows):
     gap = losses["memdlm_train_only"] - losses["mdlm"]
     assert differ["loss"] == pytest.approx(gap, abs=1e-6)
     assert differ["standard_error"] > 0
+    low, high = differ["interval"]
+    assert (low + high) / 2 == pytest.approx(differ["loss"])
+    assert high - low == pytest.approx(2 * 2.776 * differ["standard_error"], rel=1e-3), "4 degrees"
 
 
 def test_memory_is_written_from_the_prompt_alone(systems, rows):

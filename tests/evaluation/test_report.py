@@ -30,6 +30,7 @@ LIKELIHOOD = {
             "second": "memdlm",
             "loss": -0.1,
             "standard_error": 0.04,
+            "interval": [-0.18, -0.02],
             "p_value": 0.01,
             "p_adjusted": 0.02,
         },
@@ -38,6 +39,7 @@ LIKELIHOOD = {
             "second": "mdlm",
             "loss": 0.1,
             "standard_error": 0.05,
+            "interval": [-0.01, 0.21],
             "p_value": 0.04,
             "p_adjusted": 0.06,
         },
@@ -88,7 +90,10 @@ def test_findings_say_both_what_differs_and_what_does_not(results):
     assert "n = 40" in said[1] and "p < 0.0001, < 0.0001 adjusted" in said[1]
     assert sum("above the chance floor" in s and "2 of 2" in s for s in said) == 1
     assert sum("above the chance floor" in s and "0 of 2" in s for s in said) == 2
-    assert "memdlm is lower than mdlm (-0.1000 ± 0.0784 nats" in said[-2]
+    assert (
+        "memdlm is lower than mdlm (-0.1000 nats per maskable token, 95 % interval -0.1800 to"
+        in said[-2]
+    )
     assert "no difference between mdlm and memdlm was detected" in said[-1]
 
 

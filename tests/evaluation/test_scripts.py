@@ -2,6 +2,8 @@ import dataclasses
 import itertools
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import evaluate, finetune, generate, quickstart
@@ -10,6 +12,7 @@ from experiments.configs import generate as generate_defaults
 from experiments.configs import quickstart as quickstart_defaults
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
+from memdlm_jax.models.llada import LLaDA
 from memdlm_jax.training.loop import Result
 from memdlm_jax.training.state import TrainState
 
@@ -115,6 +118,40 @@ def test_evaluate_names_bad_settings(model, tmp_path):
         evaluate.main(config)
 
 
+def test_held_out_conversations_are_counted_and_all_can_be_read(tmp_path, tokenizer, capsys):
+    talks = tmp_path / "talks.jsonl"
+    lines = [{"prompt": f"how is cat {i}?", "response": "it sat on mats"} for i in range(20)]
+    talks.write_text("\n".join(map(json.dumps, lines)))
+    held = {"path": str(talks), "rows": 50, "max_length": 64, "split": "all"}
+    rows = evaluate.held_out_rows(evaluate_config(tmp_path, held_out=held), tokenizer)
+    assert len(rows) == 20
+    assert "20 rows, one a group, of 20 groups (20 of 20 examples of" in capsys.readouterr().err
+    chosen = evaluate_config(tmp_path, held_out=held | {"split": ""})
+    with pytest.raises(ValueError, match=r"the split 'test' has \d of 20 .*held_out\.split='all'"):
+        evaluate.held_out_rows(chosen, tokenizer)
+    with pytest.raises(ValueError, match="split='all' must be empty without path"):
+        evaluate_config(tmp_path, held_out={"split": "all"})
+
+
+def test_only_models_that_compare_are_compared(model, tmp_path, denoiser, tokenizer):
+    wider = LLaDA(dataclasses.replace(denoiser.config, hidden_features=32, max_length=128))
+    other = tmp_path / "other"
+    hugging_face.save(other, wider, wider.init(jax.random.key(0)))
+    tokenizer.save(other / "tokenizer.json")
+    config = evaluate_config(tmp_path, mdlm=model, memdlm=str(other))
+    with pytest.raises(ValueError, match="hidden_features=24 and 32, max_length=256 and 128"):
+        evaluate.measure(config)
+    config = dataclasses.replace(config, mdlm="")
+    with pytest.raises(ValueError, match=r"held_out\.max_length=256 must be at most 128"):
+        evaluate.measure(config)
+
+
+def test_provenance_does_without_optional_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "PACKAGES", ("numpy", "no-such-package"))
+    versions = evaluate.provenance("experiments.evaluate", evaluate_config(tmp_path))["versions"]
+    assert versions["numpy"] == np.__version__ and versions["no-such-package"] == "not installed"
+
+
 def test_evaluate_refuses_answers_that_do_not_fit(model, tmp_path, small_corpus):
     task = {"split": "test", "template": "short", "num_values": 3, "value_digits": 9}
     cells = {"lengths": (240,), "num_keys": (1,), "episodes": 2, "task": task}
@@ -144,7 +181,6 @@ def quick(model, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", measure)
     config = quickstart_defaults.get_config()
     config.update({"model": model, "output": str(tmp_path / "quick"), "conversations": 2})
-    config.finetune.data.directory = str(tmp_path / "data")
     talks = [(f"talk {i}", [("a", "hi"), ("b", "ho"), ("a", "so")]) for i in range(3)]
     monkeypatch.setattr(sources, "chitchat_turns", lambda: iter(talks))
     return config, done
@@ -157,7 +193,7 @@ def test_quickstart_does_each_stage_once(quick, tmp_path):
     assert done[:2] == ["mdlm", "memdlm"] and len(done) == 3
     assert "quick/mdlm-" in done[2] and "quick/memdlm-" in done[2]
     stored = json.loads(page.with_name("results.json").read_text())
-    talk = json.loads((tmp_path / "data/conversations-2.jsonl").read_text().splitlines()[1])
+    talk = json.loads((tmp_path / "quick/data/conversations-2.jsonl").read_text().splitlines()[1])
     assert [m["role"] for m in talk["messages"]] == ["assistant", "user", "assistant"]
     assert talk["group"] == "talk 1"
     assert set(stored["curves"]) == {"mdlm", "memdlm"}
@@ -171,6 +207,8 @@ def test_quickstart_settings(quick):
     config, _ = quick
     built = quickstart.from_config_dict(config)
     assert built.finetune.memory == built.evaluate.memory
+    config.finetune.data.directory = "elsewhere"
+    assert quickstart.from_config_dict(config).finetune.data.directory == "elsewhere"
     config.model = ""
     assert quickstart.from_config_dict(config).finetune.init.endswith("assets/tiny")
     config.output = ""

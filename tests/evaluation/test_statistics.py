@@ -51,11 +51,27 @@ def test_holm_by_hand():
     assert statistics.holm([]) == []
 
 
-def test_normal_p_value():
-    assert statistics.normal_p_value(1.96, 1.0) == pytest.approx(0.05, abs=1e-4)
-    assert statistics.normal_p_value(-3.92, 2.0) == pytest.approx(0.05, abs=1e-4)
-    assert statistics.normal_p_value(0.0, 0.0) == 1.0
-    assert statistics.normal_p_value(0.1, 0.0) == 0.0
+def test_students_t_against_tables():
+    # Two-sided 5 % points: 12.706 with one degree of freedom, 2.262 with nine, 1.960 with many.
+    for rows, point in ((2, 12.706), (10, 2.262), (100_000, 1.960)):
+        assert statistics.t_p_value(-2 * point, 2.0, rows) == pytest.approx(0.05, abs=1e-4)
+        low, high = statistics.t_interval(1.0, 2.0, rows)
+        assert (low, high) == pytest.approx((1 - 2 * point, 1 + 2 * point), abs=2e-3)
+    assert statistics.t_p_value(0.0, 0.0, 5) == 1.0
+    assert statistics.t_p_value(0.1, 0.0, 5) == 0.0
+    for function in (statistics.t_p_value, statistics.t_interval):
+        with pytest.raises(ValueError, match="rows=1 must be at least 2"):
+            function(1.0, 1.0, 1)
+
+
+def test_differences_of_few_rows_are_found_no_oftener_than_they_should():
+    rng = np.random.default_rng(0)
+    rows = 6
+    found = [
+        statistics.t_p_value(*statistics.ratio_estimate(rng.normal(size=rows), [1] * rows), rows)
+        for _ in range(2000)
+    ]
+    assert 0.035 < np.mean(np.array(found) < 0.05) < 0.065
 
 
 def test_ratio_estimate_is_the_mean_for_equal_counts():

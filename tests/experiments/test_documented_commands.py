@@ -34,7 +34,7 @@ def settings_of(script, arguments):
 def test_settings_hold_together(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for script, arguments in commands(page):
-        if arguments:
+        if any(argument.startswith("--config") for argument in arguments):
             settings_of(script, arguments)
 
 
@@ -60,3 +60,11 @@ def test_clipping_is_set_and_switched_off_from_the_command_line(monkeypatch, giv
     assert settings.optimizer.clip_norm == clip_norm
     pretraining = settings_of("pretrain", ["--config=experiments/configs/tiny_pretrain.py", clip])
     assert pretraining.optimizer.clip_norm == clip_norm
+
+
+def test_the_snippet_about_answers_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    assert isinstance(names["said"].texts[0], str)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import prepare_data, pretrain
+from experiments import finetune, prepare_data, pretrain
 from experiments.configs import prepare_data as prepare_config
 from experiments.configs import tiny_pretrain
 from memdlm_jax.checkpoints import hugging_face
@@ -15,6 +16,8 @@ from memdlm_jax.data import sources
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.models.llada import LLaDA
 from memdlm_jax.training import pretraining
+from memdlm_jax.training.loop import Result
+from memdlm_jax.training.state import TrainState
 
 TOKENIZER = "memdlm_jax/assets/tiny/tokenizer.json"
 
@@ -46,7 +49,8 @@ def small_corpus(monkeypatch):
 
 def test_pretrain_trains_measures_exports_and_starts_again_from_it(tmp_path, small_corpus):
     first = pretrain.from_config_dict(settings(tmp_path / "a"))
-    folder = pretrain.run(first)
+    folder, result = pretrain.run(first)
+    assert result.finished
     denoiser, _ = hugging_face.load(folder)
     assert denoiser.config == first.model
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").open()]
@@ -86,6 +90,20 @@ def test_both_stages_of_the_shipped_model_are_valid():
         assert pretrain.from_config_dict(tiny_pretrain.get_config(stage)).model.tied
     with pytest.raises(ValueError, match="stage 'fast' must be"):
         tiny_pretrain.get_config("fast")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_stopped_training_has_another_status_than_a_whole_one(monkeypatch, finished):
+    result = Result(TrainState(3, None, None), None, 0.0, finished)
+    monkeypatch.setattr(pretrain, "run", lambda config: (Path("model"), result))
+    monkeypatch.setattr(finetune, "finetune", lambda config: result)
+    for script in (pretrain, finetune):
+        if finished:
+            script.main(None)
+            continue
+        with pytest.raises(SystemExit, match="stopped after step 3; run the same command") as ended:
+            script.main(None)
+        assert ended.value.code not in (0, None)
 
 
 @pytest.mark.parametrize(

@@ -101,5 +101,8 @@ def test_bad_input_ends_in_one_line(root, environment):
     (root / "bad.jsonl").write_text("{")
     bad = run(root, environment, f"{where}={root}/bad.jsonl")
     assert_one_line(bad, "bad.jsonl:1: not valid JSON")
+    (root / "few.jsonl").write_text('{"prompt": "one", "response": "two"}\n')
+    few = run(root, environment, f"{where}={root}/few.jsonl")
+    assert_one_line(few, "validation_batches=1 must be 0: the split 'validation' has no row")
     shown = run(root, environment, f"{where}={root}/bad.jsonl", "--verbosity=1")
     assert shown.returncode == 1 and "Traceback" in shown.stderr
