@@ -42,6 +42,7 @@ _LAYER_NAMES = {
     **{f"mlp.{n}_proj": ("mlp", f"{n}_proj", "kernel") for n in ("gate", "up", "down")},
 }
 _DEFAULTS = {
+    "mem_enabled": True,
     "mem_num_inner_steps": 2,
     "mem_num_inner_epochs": 1,
     "mem_masking_strategy": "pmc",
@@ -61,7 +62,7 @@ _DEFAULTS = {
 }
 # They change no number of a replay: masks and weights are recorded, the rest is about processes.
 _WITHOUT_EFFECT = {
-    "mem_enabled", "mem_mask_ratio_epsilon", "mem_prompt_mask_ratio", "mem_sync_inner",
+    "mem_mask_ratio_epsilon", "mem_prompt_mask_ratio", "mem_sync_inner",
     "mem_progressive_consistent_start_scale", "mem_inner_gradient_checkpointing", "time_epsilon",
 }  # fmt: skip
 _LOSS_DEFAULTS = {
@@ -204,7 +205,7 @@ def _published_shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def denoiser_of(case: Case) -> LLaDA:
     """The case's model in its dtype."""
     model = case.settings["model"]
-    length = max(array.shape[-1] for array in (case.arrays["step_input"], case.arrays["step_mask"]))
+    length = case.arrays["prompt" if "prompt" in case.arrays else "input_ids"].shape[-1]
     return LLaDA(
         LLaDAConfig(
             vocab_size=model["vocab_size"],
@@ -588,8 +589,7 @@ def replay(case: Case) -> list[Quantity]:
         jax.default_matmul_precision("highest"),
     ):
         try:
-            found = _replay_updates(case)
-            phi = found.pop("phi")
+            found, phi = _replay_updates(case) if case.memory["mem_enabled"] else ({}, None)
             found |= _replay_prompt(case, phi) if "prompt" in case.arrays else {}
             if "meta_grad/model.norm.weight" in case.arrays:
                 found |= _replay_exact(case)
@@ -604,8 +604,8 @@ def replay(case: Case) -> list[Quantity]:
     ]
 
 
-def _replay_updates(case: Case) -> dict[str, Any]:
-    """Walk the inner updates one by one; also returns phi after the last."""
+def _replay_updates(case: Case) -> tuple[dict[str, float], Phi]:
+    """Walk the inner updates one by one; errors, and phi after the last."""
     config, theta, arrays = memory_config(case), theta_of(case), case.arrays
     update = _update(denoiser_of(case), program_config(config), _early_layers(case))
     phi = fast_weights_of(case, "fast/0")
@@ -620,16 +620,13 @@ def _replay_updates(case: Case) -> dict[str, Any]:
         raise BadCase(f"{case.name}: {count} states for num_inner_updates")
     inner_loss = np.array([record.loss[0, 0] for record in records])
     norms = np.array([record.gradient_norm[0, 0] for record in records])
-    result = {
-        "inner loss": worst([(inner_loss, arrays["inner_loss"])]),
-        "phi": phi,
-    }
+    result = {"inner loss": worst([(inner_loss, arrays["inner_loss"])])}
     if "inner_grad_norm" in arrays:
         result["inner gradient norm"] = worst([(norms, arrays["inner_grad_norm"])])
     if any(key.startswith("inner_grad/") for key in arrays):
         result["inner gradient"] = _worst_of_phi(case, "inner_grad/{}", gradients)
     result["fast weights"] = _worst_of_phi(case, "fast/{}", [None, *phis])
-    return result
+    return result, phi
 
 
 def _worst_of_phi(case: Case, prefix: str, ours: list[Phi]) -> float:
@@ -645,9 +642,10 @@ def _replay_outer(case: Case, phi: Phi) -> dict[str, float]:
     """Outer loss, first-order gradients and logits."""
     denoiser, config, theta = denoiser_of(case), memory_config(case), theta_of(case)
     arrays, anchor = case.arrays, outer_state(case)
-    given = _given_memory(denoiser, fast_weights.split_of(denoiser, config))
+    split = denoiser.num_layers if phi is None else fast_weights.split_of(denoiser, config)
+    given = _given_memory(denoiser, split)
     loss, (gradient, of_phi), logits = given(theta, phi, anchor)
-    if _early_layers(case) is None:
+    if phi is not None and _early_layers(case) is None:
         # The path that training takes: adapt and differentiate in one go.
         start = fast_weights_of(case, "fast/0")
         states, batch = whole_trajectory(case), clean_batch(case)

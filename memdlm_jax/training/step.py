@@ -222,10 +222,10 @@ def _outer_loss(
 def _sums(setup: StepSetup, outer: OuterLoss, batch: Batch) -> Sums:
     memory_off = jnp.asarray(outer.memory_off)
     counts = setup.loss.normaliser(batch), outer.maskable, jnp.sum(batch.valid)
-    return Sums(outer.memory_on, memory_off, *counts, _inner_sums(outer))
+    return Sums(outer.memory_on, memory_off, *counts, _inner_sums(setup, outer))
 
 
-def _inner_sums(outer: OuterLoss) -> InnerSums | None:
+def _inner_sums(setup: StepSetup, outer: OuterLoss) -> InnerSums | None:
     record = outer.inner
     if record is None or outer.phi_norm is None or outer.phi_change is None:
         return None
@@ -235,11 +235,16 @@ def _inner_sums(outer: OuterLoss) -> InnerSums | None:
     def over_taken(values):
         return jnp.where(fine, values, 0.0).sum(-1)
 
-    return InnerSums(
+    sums = InnerSums(
         groups, fine.sum(-1),
         over_taken(record.loss), over_taken(record.loss_after), over_taken(record.gradient_norm),
         outer.phi_norm * groups, outer.phi_change * groups,
     )  # fmt: skip
+    if setup.axis_name is None or setup.memory is None or setup.memory.scope != "global":
+        return sums
+    # Every device has the same memory: it counts once.
+    first = jax.lax.axis_index(setup.axis_name) == 0
+    return jax.tree.map(lambda leaf: jnp.where(first, leaf, jnp.zeros_like(leaf)), sums)
 
 
 def metrics_of(sums: Sums) -> Metrics:

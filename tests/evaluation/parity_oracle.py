@@ -168,9 +168,12 @@ def make(path, *, updates=2, model=MODEL, tied=False, seed=0, name="made", **con
 
     arrays = {f"fast/0/{key}": a for key, a in fast.items()}
     losses, norms, bound = [], [], c.get("mem_inner_grad_clip", 1.0)
-    for k in range(updates):
+    order = list(range(updates)) * c.get("mem_num_inner_epochs", 1)
+    if not c.get("mem_enabled", True):
+        order, fast, arrays = [], {}, {}
+    for k, state in enumerate(order):
 
-        def loss(fast, k=k):
+        def loss(fast, k=state):
             given = inputs[k], tokens, teachers[k], loss_masks[k], step_weight[k]
             return inner_loss(model, w, fast, *given, c)
 
@@ -203,17 +206,22 @@ def make(path, *, updates=2, model=MODEL, tied=False, seed=0, name="made", **con
     arrays |= {f"outer_grad_fast/{key}": g for key, g in of_fast.items()}
     settings = {
         "name": name, "dtype": "float64", "model": model | {"tie_word_embeddings": tied},
-        "config": c, "mask_token_id": MASK, "pad_token_id": PAD, "num_inner_updates": updates,
+        "config": c, "mask_token_id": MASK, "pad_token_id": PAD, "num_inner_updates": len(order),
     }  # fmt: skip
-    distils = c.get("mem_inner_loss_type", "ce") != "ce"
     arrays |= {
         "config_json": json.dumps(settings), "input_ids": tokens, "labels": labels,
-        "maskable_mask": maskable, "anchor_mask": anchor, "x_t": x_t, "step_mask": np.stack(masks),
-        "step_input": np.stack(inputs), "step_loss_mask": np.stack(loss_masks),
-        "step_weight": step_weight, "outer_weight": outer_weight, "inner_loss": np.array(losses),
-        "inner_grad_norm": np.array(norms), "outer_loss": value, "outer_logits": logits,
-        "step_teacher_input": np.stack(teachers) if distils else np.full(np.shape(masks), -1),
+        "maskable_mask": maskable, "anchor_mask": anchor, "x_t": x_t,
+        "outer_weight": outer_weight, "outer_loss": value, "outer_logits": logits,
     }  # fmt: skip
+    if order:
+        distils = c.get("mem_inner_loss_type", "ce") != "ce"
+        steps = {
+            "mask": masks, "input": inputs, "loss_mask": loss_masks, "weight": step_weight,
+            "teacher_input": teachers if distils else np.full(np.shape(masks), -1),
+        }  # fmt: skip
+        arrays |= {f"step_{key}": np.stack(values)[order] for key, values in steps.items()}
+        arrays |= {"inner_loss": np.array(losses), "inner_grad_norm": np.array(norms)}
+    arrays = {key: np.asarray(array) for key, array in arrays.items()}
     path.mkdir(parents=True, exist_ok=True)
     np.savez(path / "weights.npz", **w32)
     np.savez(path / "some_file.npz", **arrays)

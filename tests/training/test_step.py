@@ -344,3 +344,20 @@ def test_bad_optimizer_settings_are_named_with_their_value(change):
     (name, value), = change.items()  # fmt: skip
     with pytest.raises(ValueError, match=rf"optimizer\.{name}={value!r} must be"):
         dataclasses.replace(tiny.OPTIMIZER, **change)
+
+
+def test_one_memory_of_all_devices_counts_once():
+    """Two simulated devices share a memory: sums over memories are those of one."""
+    memory = dataclasses.replace(tiny.STEADY_MEMORY, scope="global")
+    plain = tiny.setup(memory, corrupt=tiny.corrupt)
+    mapped = dataclasses.replace(plain, axis_name="devices")
+    theta, batch = tiny.fresh_state().theta, tiny.batch()
+    halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), batch)
+
+    def on_device(rows):
+        return step.eval_step(theta, rows, KEY, setup=mapped)
+
+    sums = jax.jit(jax.vmap(on_device, axis_name="devices"))(halves)
+    one = jax.jit(functools.partial(step.eval_step, setup=plain))(theta, batch, KEY)
+    assert sums.inner.groups.tolist() == [1, 1]
+    assert_close(jax.tree.map(lambda leaf: leaf[0], sums), one)
