@@ -13,15 +13,7 @@ from tests.memory.tiny import MODEL, assert_close, batch_of, draw, settings
 BOTH = ("rates", "start")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def wide():
-    with tiny.float64():
-        yield
-
-
-@pytest.fixture(scope="module")
-def theta():
-    return MODEL.init(0)
+pytestmark = pytest.mark.usefixtures("wide")
 
 
 def parameters(config, seed=5):

@@ -14,7 +14,6 @@ from memdlm_jax.memory import fast_weights, inner_loop, meta_gradient
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.typing import Denoiser
-from tests.memory import tiny
 from tests.memory.tiny import (
     LENGTH,
     MODEL,
@@ -29,15 +28,7 @@ from tests.memory.tiny import (
 MODES = ("first_order", "trunk_stopped", "exact")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def wide():
-    with tiny.float64():
-        yield
-
-
-@pytest.fixture(scope="module")
-def theta():
-    return MODEL.init(0)
+pytestmark = pytest.mark.usefixtures("wide")
 
 
 @pytest.fixture(scope="module")

@@ -15,21 +15,12 @@ import pytest
 
 from memdlm_jax.evaluation import parity
 from memdlm_jax.memory import meta_gradient, trajectory
-from tests.memory import tiny
 from tests.memory.tiny import MODEL, ROWS, assert_close, batch_of, draw, run, settings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def wide():
-    with tiny.float64():
-        yield
-
-
-@pytest.fixture(scope="module")
-def theta():
-    return MODEL.init(0)
+pytestmark = pytest.mark.usefixtures("wide")
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,7 @@ from tests.memory.tiny import MODEL, ROWS, assert_close, batch_of, draw, run, se
 SPLIT = 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def wide():
-    with tiny.float64():
-        yield
-
-
-@pytest.fixture(scope="module")
-def theta():
-    return MODEL.init(0)
+pytestmark = pytest.mark.usefixtures("wide")
 
 
 def last_at(theta, memory, tokens, valid, targets):
