@@ -35,13 +35,14 @@ def save(folder: Path, memory: MemoryConfig | None, inner: InnerParameters | Non
         trees.save(folder / PARAMETERS, inner)
 
 
+def defaults() -> config_dict.ConfigDict:
+    """The ``memory`` section of scripts that train: all settings, as the paper has them."""
+    return config_dict.ConfigDict(dataclasses.asdict(MemoryConfig()))
+
+
 def changes() -> config_dict.ConfigDict:
     """The ``memory`` section of scripts that use a trained model: ``None`` is as it was trained."""
-    kinds = {
-        "steps": int, "epochs": int, "learning_rate": float, "clip_norm": float,
-        "pre_anchor_scale": float, "prompt_mask_ratio": float, "rank": int, "alpha": float,
-        "layer_fraction": float, "masking": str, "clip": str, "loss": str,
-    }  # fmt: skip
+    kinds = {name: type(value) for name, value in dataclasses.asdict(MemoryConfig()).items()}
     return config_dict.ConfigDict(
         {name: config_dict.placeholder(kind) for name, kind in kinds.items()}
     )

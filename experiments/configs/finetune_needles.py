@@ -11,6 +11,8 @@ The plain MDLM on the same batches with the same masks:
 
 from ml_collections import config_dict
 
+from experiments import _memory
+
 
 def get_config() -> config_dict.ConfigDict:
     """All settings of the run; names and meaning are those of the dataclasses."""
@@ -44,25 +46,8 @@ def get_config() -> config_dict.ConfigDict:
     config.pipeline.seed = 0
     config.pipeline.supervise_padding = False
 
-    config.memory = config_dict.ConfigDict()
+    config.memory = _memory.defaults()
     config.memory.enabled = True
-    config.memory.masking = "pmc"
-    config.memory.loss = "ce"
-    config.memory.steps = 2
-    config.memory.epochs = 1
-    config.memory.learning_rate = 0.1
-    config.memory.clip = "local"
-    config.memory.clip_norm = 1.0
-    config.memory.pre_anchor_scale = 1.5
-    config.memory.adapter = "lora"
-    config.memory.rank = 32
-    config.memory.alpha = 64.0
-    config.memory.layer_fraction = 0.1
-    config.memory.target_modules = ("mlp",)
-    config.memory.scope = "example"
-    config.memory.meta_gradient = "first_order"
-    # What of the inner loop is learned too: "rates", "start", or both.
-    config.memory.learned = ()
 
     config.schedule = config_dict.ConfigDict()
     config.schedule.minimum_time = 1e-3
