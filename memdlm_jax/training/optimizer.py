@@ -26,8 +26,8 @@ class OptimizerConfig:
         epsilon: added to the root of the second moment.
         weight_decay: decoupled decay of the matrices, see ``decayed``.
         clip_norm: bound on the global norm of the gradient, ``None`` for no clipping.
-        inner_scale: learning rate of a learned inner loop's parameters, in multiples of
-            ``learning_rate``; its logarithmic rates move little at theta's pace.
+        inner_scale: learning rate of learned inner learning rates, in multiples of
+            ``learning_rate``: they are logarithms and move little at theta's pace.
         accumulation: micro-batches that a batch is cut into; they change memory use, not the loss.
     """
 
@@ -86,13 +86,14 @@ def build(config: OptimizerConfig) -> optax.GradientTransformation:
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(lambda step: learning_rate_at(config, step)),
-        _scale_inner(config.inner_scale),
+        _scale_rates(config.inner_scale),
     )
 
 
-def _scale_inner(factor: float) -> optax.GradientTransformation:
+def _scale_rates(factor: float) -> optax.GradientTransformation:
     def scale(path, update):
-        return update * factor if _of_inner_loop(path) else update
+        rate = _of_inner_loop(path) and getattr(path[1], "name", "") == "log_rates"
+        return update * factor if rate else update
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 

@@ -211,8 +211,10 @@ class TestLearnedInnerLoop:
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.theta, state.theta)
         # Adam's first step is the learning rate in every entry, whatever the gradient.
         rate = float(metrics["learning_rate"])
-        for leaf in jax.tree.leaves(moved.inner):
+        for leaf in jax.tree.leaves(moved.inner.log_rates):
             assert leaf == pytest.approx(10 * rate, rel=0.02)
+        for leaf in moved.inner.start.values():
+            assert leaf == pytest.approx(rate, rel=0.02), "not decayed, at theta's pace"
         biggest = max(jax.tree.leaves(moved.theta))
         assert biggest == pytest.approx(rate, rel=0.2)
 
