@@ -20,11 +20,13 @@ from memdlm_jax.evaluation import parity
 def check(folder: Path) -> int:
     """Replay and print; the exit status."""
     try:
-        cases = parity.load_folder(folder)
-    except (FileNotFoundError, parity.BadCase) as error:
+        cases, problems = parity.load_folder(folder)
+    except FileNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    failed, unreadable, total = [], [], 0
+    for name, problem in problems.items():
+        print(f"{name}\n    error: {problem}", flush=True)
+    failed, unreadable, total = [], list(problems), 0
     for case in cases:
         try:
             quantities = parity.replay(case)
@@ -41,7 +43,7 @@ def check(folder: Path) -> int:
         if not all(found.equal for found in quantities):
             failed.append(case.name)
     print(
-        f"{len(cases)} cases, {total} quantities; "
+        f"{len(cases)} cases, {total} quantities compared; "
         f"different: {', '.join(failed) or 'none'}; not replayed: {', '.join(unreadable) or 'none'}"
     )
     return 2 if unreadable else int(bool(failed))

@@ -107,40 +107,71 @@ class Case:
         return _DEFAULTS | _LOSS_DEFAULTS | outside | self.settings["config"]
 
 
-def load_folder(folder: str | Path) -> list[Case]:
-    """Read all cases of a folder, in the order of their names.
+def load_folder(folder: str | Path) -> tuple[list[Case], dict[str, str]]:
+    """Read a folder.
+
+    Returns:
+        (cases in the order of their names, {name or file: why it cannot be replayed}).
 
     Raises:
         FileNotFoundError: there is no such folder, or no case in it.
-        BadCase: a file is no case, or its weights are not there.
     """
     folder = Path(folder)
-    files = sorted(folder.glob("*.npz"))
-    weights = [(file, _read(file)) for file in files if file.name.startswith("weights")]
-    contents = {}
-    for file in files:
-        if file.name.startswith("weights"):
+    problems: dict[str, str] = {}
+    weights, contents = [], {}
+    for file in sorted(folder.glob("*.npz")):
+        try:
+            arrays = _read(file)
+            if file.name.startswith("weights"):
+                weights.append((file, arrays))
+                continue
+            settings = _settings_of(file, arrays)
+        except BadCase as error:
+            problems[file.name] = str(error)
             continue
-        arrays = _read(file)
-        if "config_json" not in arrays:
-            raise BadCase(f"{file}: has no array 'config_json'")
-        settings = json.loads(str(arrays.pop("config_json")))
-        name = settings.get("name", file.stem)
-        if name in contents:
-            raise BadCase(f"{file}: a second case with the name {name!r}")
-        contents[name] = settings, arrays
-    if not contents:
+        name = str(settings.get("name", file.stem))
+        # A second case of the same name is one of its own: the file tells them apart.
+        contents[f"{name} ({file.name})" if name in contents else name] = settings, arrays
+    if not contents and not problems:
         raise FileNotFoundError(f"no case in {folder.absolute()}: it must hold .npz files")
     cases = []
     for name, (settings, arrays) in sorted(contents.items()):
-        source = settings.get("source_case")
-        if source is not None:
-            if source not in contents:
-                raise BadCase(f"{name}: its source_case={source!r} is not in {folder}")
-            given = contents[source][1].items()
-            arrays = {key: array for key, array in given if _is_input(key)} | arrays
-        cases.append(Case(name, settings, arrays, _weights_of(name, settings, weights)))
-    return cases
+        try:
+            given = _with_source(name, settings, arrays, contents)
+            cases.append(Case(name, settings, given, _weights_of(name, settings, weights)))
+        except BadCase as error:
+            problems[name] = str(error)
+    return cases, problems
+
+
+def _settings_of(file: Path, arrays: Arrays) -> dict[str, Any]:
+    if "config_json" not in arrays:
+        raise BadCase(f"{file.name}: has no array 'config_json'")
+    try:
+        settings = json.loads(str(arrays.pop("config_json")))
+    except json.JSONDecodeError as error:
+        raise BadCase(f"{file.name}: config_json is no JSON ({error})") from error
+    for key, kind in (("dtype", str), ("model", dict), ("mask_token_id", int), ("config", dict)):
+        if not isinstance(settings, dict) or not isinstance(settings.get(key), kind):
+            raise BadCase(f"{file.name}: config_json has no {key!r} that is {kind.__name__}")
+    if settings["dtype"] not in TOLERANCE:
+        raise BadCase(
+            f"{file.name}: dtype={settings['dtype']!r} must be one of {sorted(TOLERANCE)}"
+        )
+    return settings
+
+
+def _with_source(
+    name: str, settings: dict[str, Any], arrays: Arrays, contents: Mapping[str, Any]
+) -> Arrays:
+    """The case's arrays, with the inputs of its source case where it has none of its own."""
+    source = settings.get("source_case")
+    if source is None:
+        return arrays
+    if source not in contents:
+        raise BadCase(f"{name}: its source_case={source!r} is not in the folder")
+    given = contents[source][1].items()
+    return {key: array for key, array in given if _is_input(key)} | arrays
 
 
 def _is_input(key: str) -> bool:
@@ -159,23 +190,27 @@ def _weights_of(
     name: str, settings: dict[str, Any], candidates: Iterable[tuple[Path, Arrays]]
 ) -> Arrays:
     """The only weights in the folder that have the shapes of the case's model."""
-    for key in ("dtype", "model", "mask_token_id", "config"):
-        if key not in settings:
-            raise BadCase(f"{name}: config_json has no {key!r}")
-    wanted = _published_shapes(settings["model"])
+    model, output = settings["model"], "lm_head.weight"
+    try:
+        wanted = _published_shapes(model)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise BadCase(f"{name}: config_json's model lacks {error}") from error
+    tied = model.get("tie_word_embeddings")
     fitting = []
     for file, arrays in candidates:
-        shapes = {key: array.shape for key, array in arrays.items()}
-        if shapes == wanted or shapes == wanted | {"lm_head.weight": None}:
-            fitting.append((file, arrays))
+        # Published files of tied models often hold the shared matrix twice.
+        used = {key: a for key, a in arrays.items() if not (tied and key == output)}
+        shapes = {key: array.shape for key, array in used.items()}
+        if shapes == wanted or (tied is not False and shapes | {output: wanted[output]} == wanted):
+            fitting.append((file, used))
     named = settings.get("weights")
     if named is not None:
         fitting = [(file, arrays) for file, arrays in fitting if named in (file.name, file.stem)]
     if len(fitting) != 1:
         found = [file.name for file, _ in fitting]
         raise BadCase(
-            f"{name}: needs one weights*.npz with the shapes of its model, "
-            f"{settings['model']}; fitting are {found}"
+            f"{name}: needs one weights*.npz with the shapes of its model, {model}; "
+            f"fitting are {found}"
         )
     return fitting[0][1]
 
@@ -197,9 +232,7 @@ def _published_shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         for name, shape in layer.items()
     }
     shapes |= {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
-    if not model.get("tie_word_embeddings", False):
-        shapes["lm_head.weight"] = (vocabulary, width)
-    return shapes
+    return shapes | {"lm_head.weight": (vocabulary, width)}
 
 
 def denoiser_of(case: Case) -> LLaDA:
@@ -218,7 +251,7 @@ def denoiser_of(case: Case) -> LLaDA:
             max_length=max(length, 1),
             rope_theta=model["rope_theta"],
             norm_epsilon=model["rms_norm_eps"],
-            tied=model.get("tie_word_embeddings", False),
+            tied="lm_head.weight" not in case.weights,
             dtype=case.dtype,
             param_dtype=case.dtype,
         )
@@ -282,8 +315,12 @@ def memory_config(
     if theirs["right_shift_logits"]:
         raise BadCase(f"{case.name}: right_shift_logits=True is not of this model family")
     clip = theirs["mem_inner_grad_clip"]
-    wanted = {name.strip() for name in theirs["mem_inner_target_modules"].split(",")}
-    paths = [path for path in denoiser_of(case).adaptable() if path.split("/")[-1] in wanted]
+    known = {path.split("/")[-1]: path for path in denoiser_of(case).adaptable()}
+    wanted = [name.strip() for name in theirs["mem_inner_target_modules"].split(",")]
+    if not set(wanted) <= set(known):
+        raise BadCase(
+            f"{case.name}: mem_inner_target_modules={wanted} must be among {sorted(known)}"
+        )
     strategy = theirs["mem_masking_strategy"]
     try:
         return MemoryConfig(
@@ -307,7 +344,7 @@ def memory_config(
             alpha=theirs["mem_inner_alpha"],
             # The adapters of a negative fraction sit where those of its absolute value do.
             layer_fraction=abs(theirs["mem_inner_layer_fraction"]),
-            target_modules=tuple(paths),
+            target_modules=tuple(known[name] for name in wanted),
             scope="global",
             meta_gradient=mode,
         )
@@ -518,18 +555,16 @@ def _update(denoiser, config: MemoryConfig, early: EarlyLayers | None):
 
 @functools.cache
 def _outer(denoiser: LLaDA, config: MemoryConfig):
-    """(theta, phi_0, batch, anchor, trajectory) -> (loss, phi_K, gradient in theta)."""
+    """(theta, phi_0, batch, anchor, trajectory) -> (loss, gradient in theta)."""
 
     @jax.jit
     def outer(theta, phi, batch, anchor, states):
         def loss(theta):
-            total, sums = meta_gradient.outer_loss(
+            return meta_gradient.outer_loss(
                 denoiser, config, theta, phi, batch, anchor, states, with_memory_off=False
-            )
-            return total, sums.phi
+            )[0]
 
-        (value, adapted), gradient = jax.value_and_grad(loss, has_aux=True)(theta)
-        return value, adapted, gradient
+        return jax.value_and_grad(loss)(theta)
 
     return outer
 
@@ -589,19 +624,52 @@ def replay(case: Case) -> list[Quantity]:
         jax.default_matmul_precision("highest"),
     ):
         try:
+            _check_shapes(case)
             found, phi = _replay_updates(case) if case.memory["mem_enabled"] else ({}, None)
-            found |= _replay_prompt(case, phi) if "prompt" in case.arrays else {}
-            if "meta_grad/model.norm.weight" in case.arrays:
-                found |= _replay_exact(case)
-            elif "outer_loss" in case.arrays:
+            if "prompt" in case.arrays:
+                found |= _replay_prompt(case, phi)
+            elif "meta_grad/model.norm.weight" in case.arrays:
+                found |= _replay_exact(case, phi)
+            else:
                 found |= _replay_outer(case, phi)
         except KeyError as error:
             raise BadCase(f"{case.name}: has no array or setting {error}") from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            if isinstance(error, BadCase):
+                raise
+            raise BadCase(f"{case.name}: {type(error).__name__}: {error}") from error
     usual = TOLERANCE[case.dtype]
     return [
         Quantity(name, float(error), META_TOLERANCE if name == "exact gradient" else usual)
         for name, error in found.items()
     ]
+
+
+def _check_shapes(case: Case) -> None:
+    """Inputs that JAX would broadcast or cut to fit are refused.
+
+    Raises:
+        BadCase: naming the array.
+    """
+    rows = clean_batch(case).tokens.shape
+    steps = len(case.arrays["step_input"]) if case.memory["mem_enabled"] else 0
+    wanted: dict[str, tuple[int, ...]] = {}
+    if "prompt" not in case.arrays:
+        wanted |= dict.fromkeys(("labels", "maskable_mask", "anchor_mask", "x_t"), rows)
+        wanted["outer_weight"] = rows[:1]
+    if steps:
+        wanted |= dict.fromkeys(("step_input", "step_loss_mask"), (steps, *rows))
+        wanted |= {"step_weight": (steps, *rows[:1]), "inner_loss": (steps,)}
+    for name, shape in wanted.items():
+        if case.arrays[name].shape != shape:
+            raise BadCase(
+                f"{case.name}: {name} has shape {case.arrays[name].shape}, must be {shape}"
+            )
+    if steps != case.settings.get("num_inner_updates", steps):
+        raise BadCase(
+            f"{case.name}: num_inner_updates={case.settings['num_inner_updates']}, but there are "
+            f"{steps} states"
+        )
 
 
 def _replay_updates(case: Case) -> tuple[dict[str, float], Phi]:
@@ -615,13 +683,10 @@ def _replay_updates(case: Case) -> tuple[dict[str, float], Phi]:
         records.append(record)
         phis.append(phi)
         gradients.append(gradient)
-    count = len(records)
-    if count != case.settings.get("num_inner_updates", count):
-        raise BadCase(f"{case.name}: {count} states for num_inner_updates")
     inner_loss = np.array([record.loss[0, 0] for record in records])
     norms = np.array([record.gradient_norm[0, 0] for record in records])
     result = {"inner loss": worst([(inner_loss, arrays["inner_loss"])])}
-    if "inner_grad_norm" in arrays:
+    if "meta_grad/model.norm.weight" not in arrays:
         result["inner gradient norm"] = worst([(norms, arrays["inner_grad_norm"])])
     if any(key.startswith("inner_grad/") for key in arrays):
         result["inner gradient"] = _worst_of_phi(case, "inner_grad/{}", gradients)
@@ -649,7 +714,7 @@ def _replay_outer(case: Case, phi: Phi) -> dict[str, float]:
         # The path that training takes: adapt and differentiate in one go.
         start = fast_weights_of(case, "fast/0")
         states, batch = whole_trajectory(case), clean_batch(case)
-        loss, _, gradient = _outer(denoiser, program_config(config))(
+        loss, gradient = _outer(denoiser, program_config(config))(
             theta, start, batch, anchor, states
         )
     result = {"outer loss": worst([(loss, arrays["outer_loss"])])}
@@ -661,28 +726,36 @@ def _replay_outer(case: Case, phi: Phi) -> dict[str, float]:
 
 def _gradient_error(case: Case, gradient: Theta) -> float:
     """Against the recorded tensors, or where only these were kept, their norms and sums."""
-    pairs, short = [], [0.0]
+    pairs, short = [], []
     for name, ours in published_names(gradient).items():
         if f"outer_grad/{name}" in case.arrays:
             pairs.append((ours, case.arrays[f"outer_grad/{name}"]))
             continue
         norm, total = (float(case.arrays[f"outer_grad_{key}/{name}"]) for key in ("norm", "sum"))
-        scale = norm or 1.0
-        short.append(abs(float(np.linalg.norm(ours)) - norm) / scale)
         # A sum may cancel to nothing: it is compared on the scale of the norm.
-        short.append(abs(float(ours.sum()) - total) / scale)
-    return max(worst(pairs), *short)
+        gaps = float(np.linalg.norm(ours)) - norm, float(ours.sum()) - total
+        short += [abs(gap) / (norm or 1.0) for gap in gaps]
+    return float(np.nan_to_num(np.max([worst(pairs), *short]), nan=np.inf, posinf=np.inf))
 
 
-def _replay_exact(case: Case) -> dict[str, float]:
+def _replay_exact(case: Case, phi: Phi) -> dict[str, float]:
     """Exact meta-gradient through all inner updates."""
-    config, arrays = memory_config(case, "exact"), case.arrays
-    loss, _, gradient = _outer(denoiser_of(case), program_config(config))(
-        theta_of(case), fast_weights_of(case, "fast/0"), clean_batch(case), outer_state(case),
-        whole_trajectory(case),
-    )  # fmt: skip
-    pairs = [(g, arrays[f"meta_grad/{name}"]) for name, g in published_names(gradient).items()]
-    return {"outer loss": worst([(loss, arrays["outer_loss"])]), "exact gradient": worst(pairs)}
+    config, denoiser, arrays = memory_config(case, "exact"), denoiser_of(case), case.arrays
+    theta, anchor = theta_of(case), outer_state(case)
+    loss, gradient = _outer(denoiser, program_config(config))(
+        theta, fast_weights_of(case, "fast/0"), clean_batch(case), anchor, whole_trajectory(case)
+    )
+    *_, logits = _given_memory(denoiser, fast_weights.split_of(denoiser, config))(
+        theta, phi, anchor
+    )
+    named = published_names(gradient)
+    pairs = [(g, arrays[f"meta_grad/{name}"]) for name, g in named.items()]
+    size = np.sqrt(sum(float(np.sum(g**2)) for g in named.values()))
+    return {
+        "outer loss": worst([(loss, arrays["outer_loss"])]),
+        "exact gradient": max(worst(pairs), worst([(size, arrays["meta_norm"])])),
+        "logits": worst([(logits, arrays["outer_logits"])]),
+    }
 
 
 def _replay_prompt(case: Case, phi: Phi) -> dict[str, float]:

@@ -77,7 +77,7 @@ class TestOwnMemoryOfEveryRow:
 
     def test_recorded_rows(self):
         """The public code's batch of three, a memory per row (tests/golden/README.md)."""
-        recorded = {case.name: case for case in parity.load_folder(GOLDEN)}
+        recorded = {case.name: case for case in parity.load_folder(GOLDEN)[0]}
         together, alone = recorded["default_f64"], recorded["b1_row0_f64"]
         config = dataclasses.replace(parity.memory_config(together), scope="example")
         states = parity.whole_trajectory(together)
