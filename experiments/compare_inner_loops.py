@@ -53,8 +53,14 @@ class CompareConfig:
             raise ValueError(f"variants={names} must be two or more different names")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"seeds={self.seeds} must be different numbers, at least one")
-        if not self.finetune.train.validate_every or not self.finetune.validation_batches:
-            raise ValueError("finetune.train.validate_every=0: nothing would be compared")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds={self.seeds} must be at least 0")
+        for field, value in (
+            ("train.validate_every", self.finetune.train.validate_every),
+            ("validation_batches", self.finetune.validation_batches),
+        ):
+            if not value:
+                raise ValueError(f"finetune.{field}=0 must be at least 1: nothing is compared")
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> CompareConfig:
@@ -66,18 +72,23 @@ def from_config_dict(config: config_dict.ConfigDict) -> CompareConfig:
     settings = config.to_dict()
     tuning, output = settings["finetune"], settings["output"]
     memory = dict(tuning["memory"])
-    memory.pop("enabled", None)
-    tuning |= {"memory": memory}
-    tuning["train"]["output"] = output or "?"
-    variants = tuple(
-        (name, _cli.build(MemoryConfig, memory | dict(changes), f"config.variants.{name}"))
-        for name, changes in settings["variants"]
-    )
-    shared = _cli.build(FinetuneConfig, tuning, "config.finetune")
-    seeds = tuple(settings["seeds"])
-    if not all(type(seed) is int for seed in seeds):
-        raise TypeError(f"config.seeds={seeds} must be whole numbers")
-    return CompareConfig(output, shared, variants, seeds)
+    if memory.pop("enabled", True) is not True:
+        raise ValueError("config.finetune.memory.enabled must be True: variants have a memory")
+    for field, default in (("output", ""), ("seed", 0)):
+        if tuning["train"].setdefault(field, default) != default:
+            raise ValueError(
+                f"config.finetune.train.{field}={tuning['train'][field]!r} must be {default!r}: "
+                "every run has its own"
+            )
+    tuning |= {"memory": memory, "train": tuning["train"] | {"output": output or "?"}}
+    variants = []
+    for variant in settings["variants"]:
+        if len(variant) != 2:
+            raise ValueError(f"config.variants has {variant!r}; it must be (name, changes)")
+        name, changes = variant
+        built = _cli.build(MemoryConfig, memory | dict(changes), f"config.variants.{name}")
+        variants.append((name, built))
+    return _cli.build(CompareConfig, settings | {"variants": tuple(variants)})
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:

@@ -76,6 +76,8 @@ class StudyConfig:
         for field in ("batches", "directions"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if self.memory.learned:
+            raise ValueError(f"memory.learned={self.memory.learned} must be (): it is not studied")
         if not 0 <= self.checked <= self.directions:
             raise ValueError(f"checked={self.checked} must lie in 0 .. directions")
 
@@ -185,6 +187,11 @@ def batches(config: StudyConfig, folder: Path) -> Iterator[Batch]:
     tokenizer = str(folder / "tokenizer.json")
     prepared = prepare(dataclasses.replace(config.data, tokenizer=tokenizer))
     pipeline = make_pipeline(prepared, "validation", config.pipeline)
+    if config.batches > pipeline.steps_per_epoch:
+        raise ValueError(
+            f"batches={config.batches} must be at most {pipeline.steps_per_epoch}, all of the "
+            "validation split: rows would count twice"
+        )
     return (pipeline.batch_at(step) for step in range(config.batches))
 
 

@@ -90,12 +90,17 @@ def compare(approximate: Theta, exact: Theta) -> dict[str, float]:
         ``worst_tensor``: the largest over all tensors of |1 - <a, e> / <e, e>|, the error of the
         derivative along that tensor's exact gradient, as a share of it. ``wrong_sign``: share of
         all entries with the other sign.
+
+    Raises:
+        ValueError: the exact gradient is zero (nothing was masked) or not finite.
     """
     a, e = by_layer(approximate), by_layer(exact)
     aa, ee, ae = (
         {name: float(np.vdot(x[name], y[name])) for name in e} for x, y in ((a, a), (e, e), (a, e))
     )
     total_aa, total_ee, total_ae = (sum(part.values()) for part in (aa, ee, ae))
+    if not total_ee > 0:
+        raise ValueError(f"the exact gradient has square norm {total_ee}; it must be positive")
     cosine = total_ae / np.sqrt(total_aa * total_ee)
     signs = [(np.sign(a[name]) * np.sign(e[name]) < 0).sum() for name in e]
     return {

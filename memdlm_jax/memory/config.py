@@ -6,7 +6,6 @@ import typing
 from typing import Literal
 
 FFN_MODULES = ("mlp",)
-ATTENTION_MODULES = ("attention",)
 
 
 @dataclasses.dataclass(frozen=True)

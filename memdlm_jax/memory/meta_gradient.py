@@ -183,7 +183,9 @@ def outer_loss(
         inner: the learned inner loop's parameters.
         inner_loss: loss of one group's ``HeadState`` in the place of the config's; with a
             ``global`` memory on several devices, of a device's share.
-        inner_optimizer: any optax optimiser in the place of the config's clipped SGD.
+        inner_optimizer: any optax optimiser in the place of the config's clipped SGD. Unless
+            ``first_order``, it needs a derivative where an inner gradient is exactly zero:
+            ``optax.adam`` with ``eps_root > 0``.
 
     Returns:
         (sum of the memory-on loss over this batch, all sums).
@@ -191,6 +193,8 @@ def outer_loss(
     Raises:
         ValueError: if learned rates meet an ``inner_optimizer``, which would not use them.
     """
+    if config.padding == "both":
+        batch = trajectories.without_padding(batch)
     split = fast_weights.split_of(denoiser, config)
     inner_theta, hold_hidden = _inner_view(config, theta)
     hidden = denoiser.trunk(theta, anchor.tokens, batch.valid, split=split)

@@ -28,7 +28,7 @@ class OptimizerConfig:
         clip_norm: bound on the global norm of the gradient, ``None`` for no clipping.
         inner_scale: learning rate of learned inner learning rates, in multiples of
             ``learning_rate``: they are logarithms and move little at theta's pace.
-        accumulation: micro-batches that a batch is cut into; they change memory use, not the loss.
+        accumulation: micro-batches that a batch is cut into, each with draws of its own.
     """
 
     total_steps: int

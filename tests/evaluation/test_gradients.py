@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import meta_gradient_study
+from experiments.configs import meta_gradient_study as study_config
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.evaluation import gradients
@@ -31,6 +32,10 @@ class TestCompare:
         found = gradients.compare(EXACT, EXACT)
         assert found["size"] == 1
         assert found["angle"] == found["error"] == found["worst_tensor"] == found["wrong_sign"] == 0
+
+    def test_a_zero_gradient_is_refused(self):
+        with pytest.raises(ValueError, match="the exact gradient has square norm"):
+            gradients.compare(EXACT, jax.tree.map(np.zeros_like, EXACT))
 
     def test_a_right_angle(self):
         turned = {"layers": {"mlp": np.zeros((2, 2))}, "embedding": np.array([13.0, 0.0])}
@@ -110,6 +115,7 @@ def get_config():
     config.data.encode = {{"max_length": 32}}
     config.data.sources = ({{"kind": "jsonl", "path": "{root}/rows.jsonl"}},)
     config.pipeline = {{"buckets": (32,), "rows_per_batch": 2}}
+    config.schedule.minimum_time = 0.9
     config.memory.rank, config.memory.layer_fraction = 2, 0.5
     return config
 """
@@ -136,6 +142,23 @@ def test_the_study_from_the_command_line(tmp_path, denoiser, tokenizer):
         assert len(found["slopes"]["exact"]) == 2
     assert "first_order" in (tmp_path / "study" / "table.md").read_text()
     assert (tmp_path / "study" / "study.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"memory": {"learned": ("rates",)}}, r"memory\.learned=.* must be \(\)"),
+        ({"output": ""}, "output='' must name a folder"),
+        ({"batches": 0}, "batches=0 must be at least 1"),
+        ({"checked": 30}, "checked=30 must lie in"),
+        ({"models": ()}, r"models=\(\) must name"),
+    ],
+)
+def test_bad_settings_of_the_study_are_named(change, message):
+    config = study_config.get_config()
+    config.update(change)
+    with pytest.raises(ValueError, match=message):
+        meta_gradient_study.from_config_dict(config)
 
 
 def test_a_model_that_is_not_there_is_said():

@@ -62,6 +62,12 @@ def test_trains_all_and_takes_up_where_it_stopped(config, tmp_path, capsys):
     assert capsys.readouterr().out == table + "\n"
 
 
+def test_unknown_fields_are_named(config):
+    config.bogus = 1
+    with pytest.raises(KeyError, match=r"config\.bogus is no field"):
+        script.from_config_dict(config)
+
+
 def test_intervals_are_students():
     runs = {
         "a": [{"memory_off": x, "memory_on": x} for x in (1.0, 2.0, 3.0)],
@@ -81,6 +87,11 @@ def test_intervals_are_students():
     [
         ({"output": ""}, "output='' must name a folder"),
         ({"seeds": (1, 1)}, r"seeds=\(1, 1\) must be different"),
+        ({"seeds": (0, -1)}, r"seeds=\(0, -1\) must be at least 0"),
+        ({"variants": (("a", {}), ("b",))}, r"it must be \(name, changes\)"),
+        ({"finetune": {"memory": {"enabled": False}}}, r"memory\.enabled must be True"),
+        ({"finetune": {"validation_batches": 0}}, r"finetune\.validation_batches=0 must be"),
+        ({"finetune": {"train": {"seed": 3}}}, r"finetune\.train\.seed=3 must be 0"),
         ({"seeds": ()}, r"seeds=\(\) must be different numbers, at least one"),
         ({"variants": (("a", {}),)}, r"variants=\['a'\] must be two or more"),
         ({"variants": (("a", {}), ("a", {}))}, "must be two or more different names"),

@@ -368,3 +368,45 @@ def test_an_expert_that_gets_no_token(mode, clip):
         expected = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
         found = sum(float(np.vdot(gradient[name], direction[name])) for name in theta)
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_adam_with_a_number_under_its_root_differentiates_where_gradients_are_zero():
+    """A's gradient is exactly zero at phi_0, and all of row 0's, which has no maskable token."""
+    theta, maskable = MODEL.init(0), np.ones((ROWS, tiny.LENGTH), bool)
+    maskable[0] = False
+    batch = dataclasses.replace(batch_of(3), maskable=jnp.asarray(maskable))
+    config = settings("exact", "example")
+    given = draw(config, batch, lambda _, batch: (batch.maskable, jnp.ones(ROWS)))
+    optimizer = optax.adam(0.05, eps_root=1e-8)
+
+    @jax.jit
+    def outer(theta):
+        return meta_gradient.outer_loss(
+            MODEL, config, theta, *given, with_memory_off=False, inner_optimizer=optimizer
+        )[0]
+
+    gradient, rng = jax.jit(jax.grad(outer))(theta), np.random.default_rng(0)
+    direction = {name: rng.normal(size=leaf.shape) for name, leaf in theta.items()}
+
+    def at(step):
+        return float(outer({name: x + step * direction[name] for name, x in theta.items()}))
+
+    h = 1e-5
+    expected = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+    found = sum(float(np.vdot(gradient[name], direction[name])) for name in theta)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_padding_left_visible_counts_for_nothing(theta):
+    """``draw`` leaves it unmasked, so ``outer_loss`` does not count it either."""
+    padding = np.zeros((ROWS, tiny.LENGTH), bool)
+    padding[:, -2:] = True
+    batch = dataclasses.replace(
+        batch_of(0), maskable=jnp.ones_like(padding), valid=jnp.ones_like(padding),
+        padding=jnp.asarray(padding),
+    )  # fmt: skip
+    config = settings("first_order", "example", padding="both")
+    (_, sums), _ = run(config, theta, draw(config, batch))
+    assert int(sums.maskable) == ROWS * (tiny.LENGTH - 2)
+    plain = settings("first_order", "example", padding="inner")
+    assert int(run(plain, theta, draw(plain, batch))[0][1].maskable) == ROWS * tiny.LENGTH
