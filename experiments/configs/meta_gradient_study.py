@@ -1,6 +1,19 @@
 """The three meta-gradients compared on the shipped denoiser and on the quickstart's MemDLM.
 
-python -m experiments.meta_gradient_study --config=experiments/configs/meta_gradient_study.py
+    python -m experiments.meta_gradient_study --config=experiments/configs/meta_gradient_study.py
+
+Measured so (2 min 42 s; 8 batches of 8 rows, 192 tokens, one seed of draws; float64; mean ±
+standard deviation over batches):
+
+                                angle, degrees   |g - exact| / |exact|   worst tensor's direction
+    shipped     first_order       1.3 ± 0.8           2.8 ± 1.6 %               5 ± 5 %
+                trunk_stopped     1.3 ± 0.8           2.7 ± 1.5 %               4 ± 5 %
+    fine-tuned  first_order       5.0 ± 5.0          18.7 ± 19.4 %             35 ± 37 %
+                trunk_stopped     5.1 ± 5.0          18.2 ± 18.9 %             23 ± 27 %
+
+The exact gradient equals central differences to all nine printed digits. ``trunk_stopped`` is exact
+in the head, where ``first_order`` is off by 21 to 29 % on the fine-tuned denoiser, and no better in
+the trunk, where most parameters are. A few batches make most of the error.
 """
 
 from ml_collections import config_dict
