@@ -1,6 +1,20 @@
 """A learned inner loop against the fixed one, on the shipped denoiser.
 
-python -m experiments.compare_inner_loops --config=experiments/configs/compare_inner_loops.py
+    python -m experiments.compare_inner_loops --config=experiments/configs/compare_inner_loops.py
+
+Measured so: validation loss after 150 steps (32 batches, nothing selected on them), nats per
+maskable token, exact meta-gradients, 3 seeds, mean ± standard deviation; in brackets the difference
+from ``fixed``, seed by seed, with its 95 % interval:
+
+                     memory off                             memory on
+    fixed            5.001 ± 0.081                          4.874 ± 0.072
+    learned_rates    5.019 ± 0.077 (+0.017 ± 0.011)         4.603 ± 0.058 (-0.271 ± 0.049)
+    learned_both     5.033 ± 0.075 (+0.032 ± 0.017)         4.418 ± 0.056 (-0.456 ± 0.134)
+
+Learning the inner loop lets the memory, which sees the targets of that loss, fit much more of them,
+and makes the denoiser without memory slightly worse. Whether prompts are remembered better with it
+was not measured. With phi_0 learnt 100 times as fast as theta (one seed) the two were 5.256 and
+2.664.
 """
 
 from ml_collections import config_dict
