@@ -271,7 +271,8 @@ def test_padding_of_both_losses_is_left_visible():
     seen = {}
     for policy in ("none", "inner", "both"):
         memory = dataclasses.replace(tiny.MEMORY, padding=policy)
-        sums = step.eval_step(tiny.fresh_state().theta, batch, KEY, setup=tiny.setup(memory))
+        evaluate = jax.jit(functools.partial(step.eval_step, setup=tiny.setup(memory)))
+        sums = evaluate(tiny.fresh_state().theta, batch, KEY)
         seen[policy] = int(sums.maskable)
     assert seen == {"none": 35, "inner": 35, "both": 35 - 11}
 
