@@ -8,7 +8,6 @@
 """
 
 import dataclasses
-import importlib.metadata
 import itertools
 import os
 import platform
@@ -25,6 +24,7 @@ from ml_collections import config_dict
 from experiments import _cli, _memory
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
+from memdlm_jax.data.prepare import installed_version
 from memdlm_jax.data.sft import Row
 from memdlm_jax.data.text import Split
 from memdlm_jax.data.tokenizer import Tokenizer
@@ -293,7 +293,7 @@ def held_out_rows(config: EvaluateConfig, tokenizer: Tokenizer) -> list[Row]:
 def provenance(module: str, settings: Any) -> dict[str, Any]:
     """What a reader needs to do it again: the ``run`` part of a report, but for ``seconds``."""
     versions = {"python": platform.python_version()}
-    versions |= {name: _version(name) for name in PACKAGES}
+    versions |= {name: installed_version(name) or "not installed" for name in PACKAGES}
     device = jax.devices()[0]
     versions["device"] = f"{len(jax.devices())} x {device.device_kind}, {os.cpu_count()} CPU cores"
     return {
@@ -302,14 +302,6 @@ def provenance(module: str, settings: Any) -> dict[str, Any]:
         "versions": versions,
         "notes": [],
     }
-
-
-def _version(package: str) -> str:
-    """Version of a package, some of which are optional."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -301,7 +301,9 @@ def _fingerprint(source: SourceConfig) -> list[Any]:
     if source.path:
         content = _content(Path(source.path))
     else:
-        content = [f"{name} {_version(name)}" for name in ("chitchat-dataset", "wonderwords")]
+        content = [
+            f"{name} {installed_version(name)}" for name in ("chitchat-dataset", "wonderwords")
+        ]
     settings = dataclasses.asdict(dataclasses.replace(source, path="-" if source.path else ""))
     kind_format = _KIND_FORMATS.get(source.kind)
     return [settings, content, *([kind_format] if kind_format else [])]
@@ -318,7 +320,7 @@ def _content(path: Path) -> list[str]:
     return [f"{f.relative_to(root)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files]
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
     """Version of an installed package; empty if it is missing, which its reader reports."""
     try:
         return importlib.metadata.version(package)

@@ -44,10 +44,9 @@ class LossConfig:
             weight = weight / jnp.maximum(batch.maskable.sum(-1), 1)
         return weight
 
-    def normaliser(self, batch: Batch) -> Int[Array, ""]:
-        """What the weighted sum over the batch is divided by; add it up over micro-batches."""
-        counts = batch.maskable.sum(-1)
-        return jnp.sum(counts) if self.normalisation == "token" else jnp.sum(counts > 0)
+    def normaliser(self, maskable: Int[Array, ""], rows: Int[Array, ""]) -> Int[Array, ""]:
+        """What the weighted sum is divided by: maskable tokens, or the rows that have one."""
+        return maskable if self.normalisation == "token" else rows
 
 
 PAPER_LOSS = LossConfig()

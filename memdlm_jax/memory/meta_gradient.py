@@ -42,6 +42,7 @@ class OuterLoss:
             without ``memory_off``.
         memory_off: the same loss on the same masks with phi = None; NaN where not asked for.
         maskable: maskable tokens of the batch.
+        rows: rows that have one.
         inner: record of the inner steps; ``None`` without memory.
         phi_norm: mean over the groups of |phi_K|; ``None`` without memory.
         phi_change: mean over the groups of |phi_K - phi_0|; ``None`` without memory.
@@ -51,6 +52,7 @@ class OuterLoss:
     memory_on: Float[Array, ""]
     memory_off: Float[Array, ""]
     maskable: Int[Array, ""]
+    rows: Int[Array, ""]
     inner: InnerStep | None = None
     phi_norm: Float[Array, ""] | None = None
     phi_change: Float[Array, ""] | None = None
@@ -219,8 +221,15 @@ def outer_loss(
     norm, change = jax.lax.stop_gradient(
         [fast_weights.group_norms(x).mean() for x in (adapted, _difference(adapted, phi))]
     )
-    maskable = jnp.sum(batch.maskable)
-    return memory_on, OuterLoss(memory_on, memory_off, maskable, record, norm, change, adapted)
+    return memory_on, OuterLoss(
+        memory_on, memory_off, *_counts(batch), record, norm, change, adapted
+    )
+
+
+def _counts(batch: Batch) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Maskable tokens, and rows that have one."""
+    counts = batch.maskable.sum(-1)
+    return counts.sum(), jnp.sum(counts > 0)
 
 
 _RULES = {
@@ -341,4 +350,4 @@ def plain_loss(
     split = denoiser.num_layers
     hidden = denoiser.trunk(theta, anchor.tokens, batch.valid, split=split)
     loss = anchor_loss(denoiser, theta, None, hidden, batch.valid, anchor, split=split)
-    return loss, OuterLoss(loss, jax.lax.stop_gradient(loss), jnp.sum(batch.maskable))
+    return loss, OuterLoss(loss, jax.lax.stop_gradient(loss), *_counts(batch))

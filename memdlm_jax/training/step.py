@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule
-from memdlm_jax.memory import fast_weights, learned, meta_gradient, trajectory
+from memdlm_jax.memory import fast_weights, learned, meta_gradient
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.losses import InnerLoss
 from memdlm_jax.memory.meta_gradient import Corrupt, OuterLoss
@@ -122,8 +122,7 @@ def train_step(
     Returns:
         (state after the step, metrics). Gradient and losses are sums over all rows of all
         devices divided by the maskable tokens of all (or what ``setup.loss`` says), never means of
-        means. Without memory
-        ``loss/memory_on`` and ``loss/memory_off`` are the same number.
+        means. Without memory ``loss/memory_on`` and ``loss/memory_off`` are the same number.
 
     Raises:
         ValueError: if the rows cannot be cut into the micro-batches.
@@ -204,8 +203,6 @@ def _outer_loss(
         )  # fmt: skip
         loss, outer = meta_gradient.plain_loss(setup.denoiser, theta, batch, anchor)
         return loss, _sums(setup, outer, batch)
-    if memory.padding == "both":
-        batch = trajectory.without_padding(batch)
     phi, anchor, states = meta_gradient.draw(
         key, setup.denoiser, memory, batch, setup.schedule,
         capacity=setup.capacity, axis_name=setup.axis_name, corrupt=setup.corrupt, loss=setup.loss,
@@ -221,7 +218,8 @@ def _outer_loss(
 
 def _sums(setup: StepSetup, outer: OuterLoss, batch: Batch) -> Sums:
     memory_off = jnp.asarray(outer.memory_off)
-    counts = setup.loss.normaliser(batch), outer.maskable, jnp.sum(batch.valid)
+    normaliser = setup.loss.normaliser(outer.maskable, outer.rows)
+    counts = normaliser, outer.maskable, jnp.sum(batch.valid)
     return Sums(outer.memory_on, memory_off, *counts, _inner_sums(setup, outer))
 
 

@@ -17,14 +17,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {case.name: case for case in parity.load_folder(GOLDEN)[0]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def errors(case):
     return {found.name: found.error for found in parity.replay(case)}
 
