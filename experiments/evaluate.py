@@ -15,14 +15,12 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from ml_collections import config_dict
 
-from experiments import _cli, _memory
-from memdlm_jax.checkpoints import hugging_face
+from experiments import _cli, _memory, _model
 from memdlm_jax.data import sources
 from memdlm_jax.data.prepare import installed_version
 from memdlm_jax.data.sft import Row
@@ -86,7 +84,9 @@ class EvaluateConfig:
         seed: of memory, sampling noise and the choice of conversations.
         max_length: longest canvas in tokens; 0 is what the model is meant for.
         batch_size: rows decoded at a time.
-        dtype: of parameters and activations.
+        dtype: of the activations, and of the parameters unless ``base`` says otherwise.
+        base: how parameters are held; ``int8`` and ``nf4`` hold the layers' matrices as codes.
+        under: model folder under folders that hold adapters; empty is the one that they name.
     """
 
     output: str
@@ -103,7 +103,9 @@ class EvaluateConfig:
     seed: int = 0
     max_length: int = 0
     batch_size: int = 8
-    dtype: str = "float32"
+    dtype: _model.Dtype = "float32"
+    base: _model.Base | None = None
+    under: str = ""
 
     def __post_init__(self):
         if not self.output:
@@ -186,8 +188,7 @@ def load_systems(config: EvaluateConfig) -> tuple[list[System], Tokenizer, int]:
     for name, folder in (("mdlm", config.mdlm), ("memdlm", config.memdlm)):
         if not folder:
             continue
-        denoiser, theta = hugging_face.load(folder, config.dtype)
-        tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
+        denoiser, theta, tokenizer = _model.load(folder, config.dtype, config.base, config.under)
         tokenizers[tokenizer.digest()] = tokenizer
         models.append(denoiser.config)
         if name == "mdlm":
@@ -199,7 +200,9 @@ def load_systems(config: EvaluateConfig) -> tuple[list[System], Tokenizer, int]:
     if not systems:
         raise ValueError("mdlm='' and memdlm='': at least one must name a model folder")
     if len(tokenizers) > 1:
-        raise ValueError(f"mdlm={config.mdlm} and memdlm={config.memdlm} differ in tokenizer.json")
+        raise ValueError(
+            f"mdlm={config.mdlm} and memdlm={config.memdlm} differ in their tokenizers"
+        )
     first, last = (dataclasses.asdict(model) for model in (models[0], models[-1]))
     if differ := [f"{k}={first[k]!r} and {last[k]!r}" for k in first if first[k] != last[k]]:
         raise ValueError(

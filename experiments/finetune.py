@@ -6,34 +6,38 @@
 ``--config.memory.enabled=False`` is the plain MDLM on the same batches with the same masks.
 Running the same command again resumes. ``OUTPUT/best`` holds the weights of the step with the
 lowest memory-off validation loss, in the format that every other script loads, and the settings
-of the memory that they were trained with.
+of the memory that they were trained with. With ``--config.lora.enabled=True`` only adapters are
+trained, over a base that is frozen and may be narrow (``--config.base=nf4``), and ``best`` holds
+them as PEFT does.
 """
 
 import dataclasses
 import logging
-import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from ml_collections import config_dict
 
-from experiments import _cli, _memory
-from memdlm_jax.checkpoints import hugging_face
+from experiments import _cli, _memory, _model
+from memdlm_jax.checkpoints import hugging_face, peft
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline
 from memdlm_jax.data.prepare import DataConfig, PreparedData, prepare
 from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.memory import learned
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.models.llada import LLaDA
+from memdlm_jax.models import lora
+from memdlm_jax.models.config import Remat
+from memdlm_jax.models.lora import LoraConfig
+from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.training import loop
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import Result, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.step import StepSetup
-from memdlm_jax.typing import Batch
+from memdlm_jax.typing import Batch, Partitioned, Theta, merged, partition
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +55,11 @@ class FinetuneConfig:
         memory: the Parametric Memory, ``None`` for a plain MDLM.
         schedule: masking of the outer loss.
         loss: weights and normalisation of the outer loss.
-        dtype: of the activations, ``float32`` or ``bfloat16``; parameters are always float32.
-        remat: recompute activations in the backward pass, layer by layer.
+        lora: outer adapters; ``None`` trains all parameters. Where ``init`` holds adapters they are
+            trained on, and ``lora`` must be as theirs.
+        base: how parameters that are not trained are held; what is trained is float32.
+        dtype: of the activations.
+        remat: what the backward pass recomputes, see ``TransformerConfig``.
         validation_batches: batches of the validation split to score.
     """
 
@@ -64,8 +71,10 @@ class FinetuneConfig:
     memory: MemoryConfig | None
     schedule: LinearSchedule
     loss: LossConfig = PAPER_LOSS
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    lora: LoraConfig | None = None
+    base: _model.Base = "float32"
+    dtype: _model.Dtype = "float32"
+    remat: Remat = "none"
     validation_batches: int = 16
 
     def __post_init__(self):
@@ -75,76 +84,113 @@ class FinetuneConfig:
             raise ValueError(
                 f"data.tokenizer={self.data.tokenizer!r} must be empty: it is the model folder's"
             )
+        if self.lora is None and self.base != "float32":
+            raise ValueError(
+                f"base={self.base!r} must be 'float32' without lora: all parameters are trained"
+            )
         if self.validation_batches < 0:
             raise ValueError(f"validation_batches={self.validation_batches} must be at least 0")
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> FinetuneConfig:
-    """Build the settings; ``memory.enabled = False`` drops the rest of ``memory``.
+    """Build the settings; ``enabled = False`` drops the rest of ``memory`` or ``lora``.
 
     Raises:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
-    memory = settings.get("memory") or {}
-    enabled = memory.pop("enabled", True)
-    if type(enabled) is not bool:
-        raise TypeError(f"config.memory.enabled={enabled!r} must be bool")
-    if not enabled:
-        _cli.build(MemoryConfig, memory, "config.memory")  # a typo is an error all the same
-        settings["memory"] = None
+    for name, kind in (("memory", MemoryConfig), ("lora", LoraConfig)):
+        section = settings.get(name) or {}
+        enabled = section.pop("enabled", bool(section))
+        if type(enabled) is not bool:
+            raise TypeError(f"config.{name}.enabled={enabled!r} must be bool")
+        if not enabled:
+            _cli.build(kind, section, f"config.{name}")  # a typo is an error all the same
+            settings[name] = None
     return _cli.build(FinetuneConfig, settings)
 
 
 def finetune(config: FinetuneConfig) -> Result:
     """Train, resuming what is there, and export the best weights if the run came to its end."""
-    denoiser, theta = hugging_face.load(config.init)
-    model = dataclasses.replace(denoiser.config, dtype=config.dtype, remat=config.remat)
-    denoiser = LLaDA(model)
+    denoiser, theta = model_of(config)
     prepared = prepared_for(config, denoiser)
     train = make_pipeline(prepared, "train", config.pipeline)
     validation = validation_batches(prepared, config)
     logger.info("%s\n%d steps an epoch", prepared.describe(), train.steps_per_epoch)
     memory = config.memory
-    setup = StepSetup(denoiser, config.optimizer, memory, config.schedule, loss=config.loss)
+    setup = StepSetup(
+        denoiser, config.optimizer, memory, config.schedule, loss=config.loss,
+        dropout=lora.with_dropout if config.lora and config.lora.dropout else None,
+    )  # fmt: skip
     identity = identity_of(config, prepared)
     # A number that no training step folds into the same seed.
     key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
     inner = learned.init(key, denoiser, memory) if memory else None
-    state = states.create(learned.join(theta, inner), config.optimizer)
-    result = loop.run(config.train, setup, state, train, validation, identity)
+    trained, frozen = theta, None
+    if isinstance(theta, Partitioned):
+        trained, frozen = theta.trainable, theta.frozen
+    state = states.create(learned.join(trained, inner), config.optimizer)
+    result = loop.run(config.train, setup, state, train, validation, identity, frozen=frozen)
     if result.finished:
         best = loop.load_best(config.train, setup, result, validation, identity)
         folder = Path(config.train.output) / "best"
-        theta, inner = learned.split(best)
-        hugging_face.save(folder, denoiser, theta)
+        trained, inner = learned.split(best)
+        theta = trained if frozen is None else Partitioned(trained, frozen)
+        export(folder, config, denoiser, theta)
         _memory.save(folder, memory, inner)
-        shutil.copyfile(Path(config.init) / "tokenizer.json", folder / "tokenizer.json")
+        prepared.tokenizer.save(folder / "tokenizer.json")
         logger.info("best weights (step %s) in %s", result.best_step or "last", folder)
     return result
 
 
-def prepared_for(config: FinetuneConfig, denoiser: LLaDA) -> PreparedData:
+def model_of(config: FinetuneConfig) -> tuple[Transformer, Theta]:
+    """The model to start from; with adapters theta is ``Partitioned``.
+
+    Raises:
+        ValueError: ``init`` holds adapters, and ``lora`` is missing or says otherwise.
+    """
+    denoiser, theta, _ = _model.load(config.init, config.dtype, config.base)
+    denoiser = denoiser.with_config(remat=config.remat)
+    if hugging_face.is_adapter(config.init):
+        found = peft.config_of(config.init)
+        if config.lora is None or (found.rank, found.scale) != (
+            config.lora.rank,
+            config.lora.scale,
+        ):
+            raise ValueError(
+                f"init={config.init} holds adapters: lora must be enabled with {found}"
+            )
+    elif config.lora is None:
+        return denoiser, theta
+    else:
+        # Numbers that neither a training step nor the memory folds into the same seed.
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 2)
+        theta = lora.add(key, denoiser, theta, config.lora)
+    return denoiser, partition(theta, lora.is_adapter)
+
+
+def export(folder: Path, config: FinetuneConfig, denoiser: Transformer, theta: Theta) -> None:
+    """Write a model folder, or a PEFT adapter on the base that was trained on."""
+    if config.lora is None:
+        hugging_face.save(folder, denoiser, theta, like=config.init)
+        return
+    below = Path(config.init)
+    if hugging_face.is_adapter(below):
+        below = hugging_face.base_of(below)
+    peft.save(folder, denoiser, merged(theta), config.lora, str(below.absolute()))
+
+
+def prepared_for(config: FinetuneConfig, denoiser: Transformer) -> PreparedData:
     """Rows encoded with the tokenizer of the model folder.
 
     Raises:
-        ValueError: if tokenizer and model disagree on vocabulary or mask token, or if a row could
-            be longer than the model is meant for.
+        ValueError: if a row could be longer than the model is meant for.
     """
-    tokenizer_file = str(Path(config.init) / "tokenizer.json")
-    prepared = prepare(dataclasses.replace(config.data, tokenizer=tokenizer_file))
-    tokenizer, model = prepared.tokenizer, denoiser.config
-    if tokenizer.mask_id != model.mask_token_id or tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"{tokenizer_file} has mask id {tokenizer.mask_id} and {tokenizer.vocab_size} ids, the "
-            f"model has mask id {model.mask_token_id} and {model.vocab_size} ids"
-        )
-    longest = config.pipeline.buckets[-1]
-    if longest > model.max_length:
-        raise ValueError(
-            f"pipeline.buckets end at {longest}, beyond the model's max_length={model.max_length}"
-        )
-    return prepared
+    longest, most = config.pipeline.buckets[-1], denoiser.config.max_length
+    if longest > most:
+        raise ValueError(f"pipeline.buckets end at {longest}, beyond the model's max_length={most}")
+    tokenizer = str(_model.tokenizer_folder(config.init))
+    return prepare(dataclasses.replace(config.data, tokenizer=tokenizer))
 
 
 def validation_batches(prepared: PreparedData, config: FinetuneConfig) -> list[Batch]:
@@ -170,6 +216,8 @@ def identity_of(config: FinetuneConfig, prepared: PreparedData) -> dict[str, Any
     """What a resumed run must share with the first: starting weights, rows and their order."""
     return {
         "init.sha256": hugging_face.weights_digest(config.init),
+        "base": config.base,
+        "lora": None if config.lora is None else dataclasses.asdict(config.lora),
         "data.rows": prepared.directory.name,
         "pipeline.buckets": config.pipeline.buckets,
         "pipeline.rows_per_batch": config.pipeline.rows_per_batch,

@@ -18,10 +18,8 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from experiments import _cli, _memory
-from memdlm_jax.checkpoints import hugging_face
+from experiments import _cli, _memory, _model
 from memdlm_jax.data.example import Example
-from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.decode import DecodeConfig
 from memdlm_jax.evaluation.samples import denoising_history
 from memdlm_jax.evaluation.systems import System, prompt_ids, reply
@@ -33,7 +31,7 @@ class GenerateConfig:
     """All settings of a run.
 
     Attributes:
-        model: model folder: config.json, safetensors, tokenizer.json.
+        model: model folder: config.json or a PEFT adapter, safetensors, tokenizer.
         decode: the sampler.
         memory: how prompts are written into memory, ``None`` for none.
         prompt: one prompt; or
@@ -43,7 +41,9 @@ class GenerateConfig:
         seed: of memory and sampling noise.
         max_length: longest canvas in tokens; 0 is what the model is meant for.
         batch_size: rows decoded at a time.
-        dtype: of parameters and activations.
+        dtype: of the activations, and of the parameters unless ``base`` says otherwise.
+        base: how parameters are held; ``int8`` and ``nf4`` hold the layers' matrices as codes.
+        under: model folder under one that holds an adapter; empty is the one that it names.
     """
 
     model: str
@@ -56,7 +56,9 @@ class GenerateConfig:
     seed: int = 0
     max_length: int = 0
     batch_size: int = 8
-    dtype: str = "float32"
+    dtype: _model.Dtype = "float32"
+    base: _model.Base | None = None
+    under: str = ""
 
     def __post_init__(self):
         if not self.model:
@@ -125,8 +127,7 @@ def _from_json(line: str) -> str:
 
 def answers(config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, Any]]:
     """One JSON-ready object per prompt."""
-    denoiser, theta = hugging_face.load(config.model, config.dtype)
-    tokenizer = Tokenizer.load(Path(config.model) / "tokenizer.json")
+    denoiser, theta, tokenizer = _model.load(config.model, config.dtype, config.base, config.under)
     name, inner = "mdlm", None
     if config.memory:
         name, inner = "memdlm", _memory.inner_parameters(config.model, denoiser, config.memory)

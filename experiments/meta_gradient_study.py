@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from ml_collections import config_dict
 
-from experiments import _cli
+from experiments import _cli, _model
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline
 from memdlm_jax.data.prepare import DataConfig, prepare
@@ -31,7 +31,7 @@ from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.evaluation import gradients
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.models.llada import LLaDA
+from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.typing import Batch, Theta
 
 logger = logging.getLogger(__name__)
@@ -175,16 +175,16 @@ def examine(config: StudyConfig, name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def in_float64(folder: Path) -> tuple[LLaDA, Theta]:
+def in_float64(folder: Path) -> tuple[Transformer, Theta]:
     """A model folder's denoiser and parameters in float64."""
     denoiser, theta = hugging_face.load(folder)
-    wide = dataclasses.replace(denoiser.config, dtype="float64", param_dtype="float64")
-    return LLaDA(wide), jax.tree.map(lambda leaf: leaf.astype("float64"), theta)
+    denoiser = denoiser.with_config(dtype="float64", param_dtype="float64")
+    return denoiser, jax.tree.map(lambda leaf: leaf.astype("float64"), theta)
 
 
 def batches(config: StudyConfig, folder: Path) -> Iterator[Batch]:
     """The first batches of the validation split, encoded with the model's tokenizer."""
-    tokenizer = str(folder / "tokenizer.json")
+    tokenizer = str(_model.tokenizer_folder(str(folder)))
     prepared = prepare(dataclasses.replace(config.data, tokenizer=tokenizer))
     pipeline = make_pipeline(prepared, "validation", config.pipeline)
     if config.batches > pipeline.steps_per_epoch:
@@ -195,7 +195,9 @@ def batches(config: StudyConfig, folder: Path) -> Iterator[Batch]:
     return (pipeline.batch_at(step) for step in range(config.batches))
 
 
-def arguments(config: StudyConfig, denoiser: LLaDA, mode: Any, i: int, theta: Theta, batch: Batch):
+def arguments(
+    config: StudyConfig, denoiser: Transformer, mode: Any, i: int, theta: Theta, batch: Batch
+):
     """What ``gradients.outer_loss`` takes for batch i: the same draws for every mode and model."""
     memory = dataclasses.replace(config.memory, meta_gradient=mode)
     key = jax.random.fold_in(jax.random.key(config.seed), i)

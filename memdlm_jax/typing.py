@@ -7,7 +7,7 @@ Shape letters, used in every annotation of the project:
 * ``n``: layers of a stack; ``s``: states of a trajectory
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -19,6 +19,58 @@ Key = jax.Array
 
 Theta = Any
 """Base parameters of a denoiser: a plain pytree of arrays."""
+
+
+@flax.struct.dataclass
+class Partitioned:
+    """Theta divided into what is trained and what is not.
+
+    Attributes:
+        trainable: slash-separated path -> leaf; the only leaves that gradients are taken of.
+        frozen: theta with ``None`` in the place of every trainable leaf.
+    """
+
+    trainable: dict[str, jax.Array]
+    frozen: Theta
+
+
+def partition(theta: Theta, trainable: Callable[[str], bool]) -> Partitioned:
+    """Divide theta by the slash-separated paths of its leaves.
+
+    Raises:
+        ValueError: no leaf is trainable.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(theta)
+    named = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in leaves]
+    chosen = {name: leaf for name, leaf in named if trainable(name)}
+    if not chosen:
+        raise ValueError(f"none of the {len(named)} leaves of theta is trainable")
+    rest = [None if name in chosen else leaf for name, leaf in named]
+    return Partitioned(chosen, jax.tree_util.tree_unflatten(structure, rest))
+
+
+def differentiable(theta: Theta) -> tuple[Any, Callable[[Any], Theta]]:
+    """The part of theta that derivatives are taken of, and a function that completes it again."""
+    if not isinstance(theta, Partitioned):
+        return theta, lambda leaves: leaves
+    frozen = theta.frozen
+    return theta.trainable, lambda leaves: Partitioned(leaves, frozen)
+
+
+def merged(theta: Theta) -> Theta:
+    """Theta in one tree again; anything but a ``Partitioned`` is returned as it is."""
+    if not isinstance(theta, Partitioned):
+        return theta
+    leaves, structure = jax.tree_util.tree_flatten_with_path(
+        theta.frozen, is_leaf=lambda leaf: leaf is None
+    )
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    filled = [
+        theta.trainable.get(name) if leaf is None else leaf
+        for name, (_, leaf) in zip(names, leaves, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(structure, filled)
+
 
 Phi = Any
 """Fast weights, the Parametric Memory: a plain pytree of arrays; ``None`` is no memory."""
@@ -52,7 +104,8 @@ class Denoiser(Protocol):
 
     ``split`` divides the layers: ``trunk`` runs the embedding and layers ``0 .. split - 1``, which
     never read fast weights; ``head`` runs layers ``split .. num_layers - 1``, which read ``phi``.
-    ``valid`` marks the keys that may be attended to (``None``: all of them).
+    ``attend`` is bool: the keys that every query may attend to [b, l], or those of each query
+    [b, l, l]; ``None`` is all of them. Position i of what ``head`` returns predicts token i.
     """
 
     @property
@@ -69,7 +122,7 @@ class Denoiser(Protocol):
         self,
         theta: Theta,
         tokens: Tokens,
-        valid: Mask | None = None,
+        attend: jax.Array | None = None,
         position_ids: Tokens | None = None,
         *,
         split: int,
@@ -82,7 +135,7 @@ class Denoiser(Protocol):
         theta: Theta,
         phi: Phi,
         hidden: Hidden,
-        valid: Mask | None = None,
+        attend: jax.Array | None = None,
         position_ids: Tokens | None = None,
         *,
         split: int,
@@ -98,6 +151,9 @@ class Denoiser(Protocol):
         """Final norm and unembedding, float32 or wider, at the given positions only."""
         ...
 
-    def adaptable(self) -> Mapping[str, tuple[int, int, int]]:
-        """Matrices that can carry fast weights: path -> (num_layers, in, out)."""
+    def adaptable(self, split: int = 0) -> Mapping[str, tuple[int, ...]]:
+        """Matrices of the head that can carry fast weights: path -> (layers, ..., in, out).
+
+        ``layers`` counts those of the head that have it; experts have an axis of their own.
+        """
         ...

@@ -26,6 +26,8 @@ def get_config() -> config_dict.ConfigDict:
     config.max_length = 0
     config.batch_size = 8
     config.dtype = "float32"
+    config.base = config_dict.placeholder(str)
+    config.under = ""
 
     # None: as the model was trained.
     config.memory = _memory.changes()

@@ -18,7 +18,7 @@ def get_config(rows: str = "rows.jsonl") -> config_dict.ConfigDict:
     """The settings of ``finetune_needles`` with other data, batches and optimiser."""
     config = finetune_needles.get_config()
     config.dtype = "bfloat16"
-    config.remat = True
+    config.remat = "full"
 
     config.data.sources = ({"kind": "jsonl", "path": rows},)
     config.data.encode.max_length = 4096

@@ -11,7 +11,7 @@ The plain MDLM on the same batches with the same masks:
 
 from ml_collections import config_dict
 
-from experiments import _memory
+from experiments import _memory, _model
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -19,7 +19,8 @@ def get_config() -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.init = ""
     config.dtype = "float32"
-    config.remat = False
+    config.base = "float32"
+    config.remat = "none"
     config.validation_batches = 16
 
     config.data = config_dict.ConfigDict()
@@ -48,6 +49,9 @@ def get_config() -> config_dict.ConfigDict:
 
     config.memory = _memory.defaults()
     config.memory.enabled = True
+
+    config.lora = _model.lora_defaults()
+    config.lora.enabled = False
 
     config.schedule = config_dict.ConfigDict()
     config.schedule.minimum_time = 1e-3

@@ -24,6 +24,8 @@ def get_config() -> config_dict.ConfigDict:
     config.max_length = 0
     config.batch_size = 8
     config.dtype = "float32"
+    config.base = config_dict.placeholder(str)
+    config.under = ""
     config.decode = {"length": 32, "block_length": 8, "steps": 32, "temperature": 0.0}
 
     # None: as the model was trained.

@@ -38,7 +38,7 @@ def get_config() -> config_dict.ConfigDict:
     config.memory.alpha = 16.0
 
     config.finetune = finetune_needles.get_config()
-    for filled in ("init", "memory"):
+    for filled in ("init", "memory", "lora"):
         del config.finetune[filled]
     config.finetune.data.directory = ""  # OUTPUT/data
     config.finetune.data.encode = {"max_length": 320, "long_prompt": "truncate_left"}

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from memdlm_jax.data.example import TURN_TOKENS, Example
+from memdlm_jax.data.example import Example
 from memdlm_jax.data.filler import Filler, Piece
 from memdlm_jax.data.text import (
     SPLITS,
@@ -239,7 +239,7 @@ class NeedleTask:
         frame = (*self._frame(keys[0]), " " + ", ".join(asked))
         head, tail, response = frame
         fixed = [self.tokenizer.encode(text) for text in frame]
-        budget = self.config.length - TURN_TOKENS - sum(map(len, fixed))
+        budget = self.config.length - self.tokenizer.turn_tokens - sum(map(len, fixed))
         pieces = self._context(rng, needles, budget)
         prompt = head + self._filler.separator.join(piece.text for piece in pieces) + tail
         return Episode(
@@ -316,7 +316,7 @@ class NeedleTask:
         frame = [*self._frame(key), f" {value}" + f", {value}" * (c.num_values - 1)]
         frame_tokens = sum(len(self.tokenizer.encode(text)) for text in frame)
         # One token more: a word that opens the context may be split where " word" is not.
-        least = TURN_TOKENS + frame_tokens + c.num_keys * c.num_values * needle + 1
+        least = self.tokenizer.turn_tokens + frame_tokens + c.num_keys * c.num_values * needle + 1
         if least > c.length:
             raise ValueError(
                 f"length={c.length} must be at least {least}: that many tokens take "

@@ -1,9 +1,10 @@
 """Examples to rows of ids, with the asymmetric mask of supervised fine-tuning.
 
 A conversation becomes ``<|user|> text <|eos|> <|assistant|> text <|eos|> ...``; the prompt ends
-with the ``<|assistant|>`` that opens the response. Bare text has no turns. The prompt is never
-masked; every id of the response may be, its final ``<|eos|>`` included (LLaDA, arXiv 2502.09992,
-section 2.3).
+with the ``<|assistant|>`` that opens the response. A tokenizer with a chat template renders the
+prompt with it instead, and its response ends with the template's end of turn. Bare text has no
+turns. The prompt is never masked; every id of the response may be, its end included (LLaDA, arXiv
+2502.09992, section 2.3).
 """
 
 import dataclasses
@@ -43,7 +44,8 @@ class EncodeConfig:
     Attributes:
         max_length: ids of the longest row.
         long_prompt: ``drop`` the example, or ``truncate_left``: leave out whole oldest turns until
-            the rest fits; the last turn is never cut.
+            the rest fits; the last turn is never cut. With a chat template the rest begins with a
+            turn of the user, because many templates refuse anything else.
         long_response: ``drop`` an example whose response alone has no room, or stop with an
             ``error``. A response is never cut: its end would be missing.
     """
@@ -71,20 +73,48 @@ class Encoder:
         """The row of an example, or the reason for which it is dropped.
 
         Raises:
-            ValueError: the response is too long and the policy for that is ``error``.
+            ValueError: the response is too long and the policy for that is ``error``; or the
+                tokenizer can open no turn, or its template refuses the conversation.
         """
-        response = [*self._ids(example.response), self.tokenizer.eos_id]
-        turns = [self._turn(message) for message in example.messages]
-        opening = [self.tokenizer.assistant_id] if _has_turns(example) else []
-        opening += self.tokenizer.encode(example.prefix)
+        has_turns = _has_turns(example)
+        end = self.tokenizer.end_of_turn_id if has_turns else self.tokenizer.eos_id
+        response = [*self._ids(example.response), end]
+        opening = self.tokenizer.encode(example.prefix)
+        templated = has_turns and self.tokenizer.chat is not None
+        if has_turns and not templated:
+            opening = [self.tokenizer.assistant_id, *opening]
         room = self.config.max_length - len(opening) - len(response)
         if room < 0:
             return self._response_too_long(example, len(opening) + len(response))
+        before = (self._rendered if templated else self._joined_turns)(example.messages, room)
+        if before is None:
+            return "prompt_too_long"
+        prompt = before + opening
+        return Row(np.asarray(prompt + response, np.int32), len(prompt))
+
+    def _joined_turns(self, messages: Sequence[Message], room: int) -> list[int] | None:
+        """Ids of the turns that fit, each with its own tokens; ``None`` if the policy drops."""
+        turns = [self._turn(message) for message in messages]
         first = _first_turn_that_fits(turns, room)
         if first == len(turns) > 0 or (first > 0 and self.config.long_prompt == "drop"):
-            return "prompt_too_long"
-        prompt = [i for turn in turns[first:] for i in turn] + opening
-        return Row(np.asarray(prompt + response, np.int32), len(prompt))
+            return None
+        return [i for turn in turns[first:] for i in turn]
+
+    def _rendered(self, messages: Sequence[Message], room: int) -> list[int] | None:
+        """Ids of the chat template for the turns that fit; ``None`` if the policy drops."""
+        if any(role == "text" for role, _ in messages):
+            raise ValueError(
+                "messages mix the role 'text' with turns, which no chat template can render"
+            )
+        starts = [0]
+        if self.config.long_prompt == "truncate_left":
+            starts += [i for i, (role, _) in enumerate(messages) if i and role == "user"]
+        for first in starts:
+            turns = [{"role": role, "content": text} for role, text in messages[first:]]
+            ids = self.tokenizer.chat_ids(turns)
+            if len(ids) <= room:
+                return ids
+        return None
 
     def _response_too_long(self, example: Example, length: int) -> DropReason:
         """Drop or stop, as the policy says."""

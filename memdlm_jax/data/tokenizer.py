@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from memdlm_jax.data import tokenizer_files
+from memdlm_jax.data.chat import ChatMessages, ChatTemplate, hide, split_hidden
+from memdlm_jax.data.example import TURN_TOKENS
+from memdlm_jax.data.tokenizer_files import OUR_TOKENS, SpecialTokens
 
 # GPT-style split. Digits come in groups of up to three and never share a piece with a space, so a
 # number has the same token wherever it stands; a line break never joins the punctuation before it,
@@ -19,77 +24,141 @@ _PIECES = (
     r"| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _NUM_BYTES = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialTokens:
-    """Spelling of the special tokens in a tokenizer's vocabulary.
-
-    A tokenizer trained here gives them the ids 0 to 4 in this order; a foreign ``tokenizer.json``
-    may spell them otherwise and keep them anywhere.
-
-    Attributes:
-        pad: fills a row after its end; never attended to.
-        mask: the absorbing state of the forward process.
-        eos: ends a turn, and the response.
-        user: opens a turn of the user.
-        assistant: opens a turn of the model.
-    """
-
-    pad: str = "<|pad|>"
-    mask: str = "<|mask|>"
-    eos: str = "<|eos|>"
-    user: str = "<|user|>"
-    assistant: str = "<|assistant|>"
+_ALWAYS = ("pad", "mask", "eos", "user", "assistant")
+"""Special tokens in every digest, found or not."""
 
 
 class Tokenizer:
     """Text to ids and back.
 
     Text is only ever text: ``encode("<|mask|>")`` gives the ids of those eight characters, never
-    the special id, so user text cannot forge a turn or a mask. Special ids are put in by id.
-    The switch for this (``encode_special_tokens``) is not stored in ``tokenizer.json``: a program
-    that opens the file without this class has to set it itself.
+    the special id, so user text cannot forge a turn or a mask. Special ids are put in by id, or by
+    a chat template (``chat_ids``). The switch for this (``encode_special_tokens``) is not stored in
+    ``tokenizer.json``: a program that opens the file without this class has to set it itself.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens | None = None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: SpecialTokens | None = None,
+        chat: ChatTemplate | None = None,
+    ):
         """Wrap ``backend``.
 
         Args:
             backend: a tokenizer whose vocabulary holds the special tokens.
-            special: their spelling; ``None`` is ours.
+            special: their spelling, of mask, eos and pad at least; ``None`` is ours.
+            chat: template of conversations; ``None`` opens turns with ``special.user`` and
+                ``special.assistant``.
 
         Raises:
             ValueError: a special token is not in the vocabulary.
         """
-        special = special or SpecialTokens()
+        special = special or OUR_TOKENS
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self.special = special
+        self.chat = chat
         self.pad_id = _special_id(backend, "pad", special.pad)
         self.mask_id = _special_id(backend, "mask", special.mask)
         self.eos_id = _special_id(backend, "eos", special.eos)
-        self.user_id = _special_id(backend, "user", special.user)
-        self.assistant_id = _special_id(backend, "assistant", special.assistant)
+        self._ids = {
+            name: _special_id(backend, name, token)
+            for name, token in dataclasses.asdict(special).items()
+            if token
+        }
+        self._controls = _control_tokens(backend, special, chat)
+        self._text_backend = _text_backend(backend, self._controls)
+
+    @property
+    def user_id(self) -> int:
+        """Id that opens a user's turn; ValueError if a chat template has to do that."""
+        return self._opening_id("user")
+
+    @property
+    def assistant_id(self) -> int:
+        """Id that opens the model's turn; ValueError if a chat template has to do that."""
+        return self._opening_id("assistant")
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id that opens a text; ``None`` if the tokenizer knows none."""
+        return self._ids.get("bos")
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """Id that ends a turn and a response: ``eos_id`` unless the template has another."""
+        return self._ids.get("end_of_turn", self.eos_id)
+
+    @functools.cached_property
+    def turn_tokens(self) -> int:
+        """Tokens of a row with one user turn beside its texts, at most.
+
+        A template joins texts with line breaks that may merge with them: two more are allowed for.
+        """
+        if self.chat is None:
+            return TURN_TOKENS
+        turn = self.chat_ids([{"role": "user", "content": "a"}])
+        return len(turn) - len(self.encode("a")) + 1 + 2
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included: ids lie in [0, vocab_size)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text; nothing is added and no id is special."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Ids of a text; nothing is added.
+
+        Args:
+            text: any text without lone surrogates.
+            allow_special: let the spelling of a special token become its id, as the public
+                tokenizers do; for text of one's own, such as a rendered template. Otherwise no id
+                is special.
+        """
+        backend = self._recognising if allow_special else self._text_backend
+        return backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of many texts at once, in parallel."""
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = self._text_backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [row.ids for row in encoded]
 
+    def chat_ids(self, messages: ChatMessages, add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation, rendered by the chat template.
+
+        They are those of ``encode(rendered text, allow_special=True)``, except that special tokens
+        come from the template alone: where the content of a message spells one, those characters
+        are encoded as text.
+
+        Args:
+            messages: oldest first, each with the keys ``role`` and ``content``.
+            add_generation_prompt: end with what opens the model's turn.
+
+        Raises:
+            ValueError: there is no template, or it fails on the conversation.
+        """
+        if self.chat is None:
+            raise ValueError(f"{self._no_opening('chat template')}, or chat_template=...")
+        texts = [message["content"] for message in messages]
+        spans = [self._spelled(text) for text in texts]
+        hidden, marks = hide(texts, spans)
+        plain = [text[a:b] for text, places in zip(texts, spans, strict=True) for a, b in places]
+        inert = [{**m, "content": text} for m, text in zip(messages, hidden, strict=True)]
+        pieces = split_hidden(self.chat.render(inert, add_generation_prompt), marks)
+        ids = (
+            self.encode(piece, allow_special=True)
+            if isinstance(piece, str)
+            else self.encode(plain[piece])
+            for piece in pieces
+        )
+        return [token for piece in ids for token in piece]
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of ``ids``; the inverse of ``encode`` for any text without lone surrogates.
+        """Text of ``ids``; the inverse of ``encode`` for any text that the tokenizer keeps.
+
+        Ours keeps any text without lone surrogates; a public one may normalise it (NFC).
 
         Args:
             ids: ids in [0, vocab_size).
@@ -98,52 +167,133 @@ class Tokenizer:
         Returns:
             The text; bytes that are no UTF-8 (a sequence cut inside a character) become U+FFFD.
         """
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        named = set(self._ids.values()) if skip_special else set()
+        kept = [i for i in map(int, ids) if i not in named]
+        return self._backend.decode(kept, skip_special_tokens=skip_special)
 
     def token(self, token_id: int) -> str:
         """Spelling of one id in the vocabulary (byte-level: a space is ``Ġ``); empty if none."""
         return self._backend.id_to_token(token_id) or ""
 
     def digest(self) -> str:
-        """Sha256 in hex of the canonical JSON and special tokens: equal iff ids mean the same."""
-        names = json.dumps(dataclasses.asdict(self.special), sort_keys=True)
-        content = self._backend.to_str(pretty=False) + names
+        """Sha256 in hex of the canonical JSON, special tokens and chat template.
+
+        Equal iff ids mean the same and conversations become the same ids.
+        """
+        names = {k: v for k, v in dataclasses.asdict(self.special).items() if v or k in _ALWAYS}
+        content = self._backend.to_str(pretty=False) + json.dumps(names, sort_keys=True)
+        if self.chat:
+            content += json.dumps(dataclasses.asdict(self.chat), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write ``tokenizer.json`` to ``path`` (a file); parent folders are made."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        """Write ``tokenizer.json`` to ``path`` (a file); parent folders are made.
+
+        What ``load`` could not find by itself, the special tokens and chat template of a public
+        tokenizer, is written beside it as ``tokenizer_config.json``.
+
+        Raises:
+            ValueError: something is to be written beside a file that is not ``tokenizer.json``.
+        """
+        path, beside = Path(path), self.special != OUR_TOKENS or self.chat is not None
+        if beside and path.name != "tokenizer.json":
+            raise ValueError(
+                f"path={str(path)!r} must end in tokenizer.json: its special tokens and chat "
+                "template are kept beside it"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(path), pretty=False)
+        if beside:
+            config = tokenizer_files.config_to_save(self.special, self.chat)
+            text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+            path.with_name("tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(
-        cls, path: str | Path, special: SpecialTokens | None = None, digest: str = ""
+        cls,
+        path: str | Path,
+        special: SpecialTokens | None = None,
+        digest: str = "",
+        chat_template: str | None = None,
     ) -> "Tokenizer":
-        """Read a ``tokenizer.json``, ours or a foreign one.
+        """Read a tokenizer, ours or that of a public model.
 
         Args:
-            path: the file.
-            special: spelling of the special tokens; ``None`` is ours.
+            path: a ``tokenizer.json``, or a model folder (see ``tokenizer_files.read``).
+            special: spelling of the special tokens; fields left empty, and all if ``None``, are
+                looked up by the rules of ``tokenizer_files.find_special``.
             digest: what ``digest()`` has to be; empty accepts any tokenizer.
+            chat_template: Jinja text, such as ``chat.LLADA``; empty is no template; ``None`` looks
+                it up by the rules of ``tokenizer_files.find_template``.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: the file is no ``tokenizer.json``, lacks a special token, or is another
-                tokenizer than the one asked for.
+            FileNotFoundError: there is no tokenizer.
+            ValueError: a file is broken, a special token is missing, the template is no Jinja, or
+                it is another tokenizer than the one asked for.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}; train one with train_tokenizer")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
-        loaded = cls(backend, special)
+        files, asked = tokenizer_files.read(path), special or SpecialTokens()
+        template = tokenizer_files.find_template(files, chat_template, asked)
+        found = tokenizer_files.find_special(files, asked, template)
+        names = {f"{name}_token": getattr(found, name) for name in ("pad", "mask", "eos", "bos")}
+        variables = files.declared() | {key: token for key, token in names.items() if token}
+        loaded = cls(files.backend, found, ChatTemplate(template, variables) if template else None)
         if digest and loaded.digest() != digest:
             raise ValueError(
                 f"{path} has digest {loaded.digest()}, but {digest} was asked for: ids of another "
                 "tokenizer mean other text"
             )
         return loaded
+
+    def _opening_id(self, role: str) -> int:
+        """Id of the token that opens a turn."""
+        if role not in self._ids:
+            raise ValueError(self._no_opening(f"token that opens a turn of the {role}"))
+        return self._ids[role]
+
+    def _no_opening(self, what: str) -> str:
+        """Why a turn cannot be opened."""
+        return (
+            f"this tokenizer has no {what}; load it with "
+            "special=SpecialTokens(user=..., assistant=...)"
+        )
+
+    @functools.cached_property
+    def _recognising(self) -> tokenizers.Tokenizer:
+        """A copy of the backend that turns the spelling of special tokens into their ids."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
+
+    def _spelled(self, text: str) -> list[tuple[int, int]]:
+        """Where a text spells special tokens, as (start, end) in characters."""
+        found = self._recognising.encode(text, add_special_tokens=False)
+        pairs = zip(found.ids, found.offsets, strict=True)
+        return [span for token_id, span in pairs if token_id in self._controls]
+
+
+def _control_tokens(
+    backend: tokenizers.Tokenizer, special: SpecialTokens, chat: ChatTemplate | None
+) -> dict[int, AddedToken]:
+    """Added tokens that text must not forge: flagged as special, named, or in the template."""
+    named = set(dataclasses.asdict(special).values())
+    source = chat.source if chat else ""
+    added = backend.get_added_tokens_decoder().items()
+    return {
+        i: token
+        for i, token in added
+        if token.special or token.content in named or token.content in source
+    }
+
+
+def _text_backend(
+    backend: tokenizers.Tokenizer, controls: dict[int, AddedToken]
+) -> tokenizers.Tokenizer:
+    """The backend, or a copy for which all control tokens are special, so that text is text."""
+    unflagged = [token.content for token in controls.values() if not token.special]
+    if not unflagged:
+        return backend
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.add_special_tokens(unflagged)
+    copy.encode_special_tokens = True
+    return copy
 
 
 def _special_id(backend: tokenizers.Tokenizer, name: str, token: str) -> int:
@@ -170,7 +320,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_numbers: bool =
             ``texts`` is empty.
     """
     numbers = _number_merges() if whole_numbers else []
-    special = list(dataclasses.asdict(SpecialTokens()).values())
+    special = [token for token in dataclasses.asdict(OUR_TOKENS).values() if token]
     room = vocab_size - len(numbers)
     if room < len(special) + _NUM_BYTES:
         raise ValueError(

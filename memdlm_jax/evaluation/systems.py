@@ -61,7 +61,7 @@ class Replies:
     """Answers of one system, in the order of the prompts.
 
     Attributes:
-        texts: what stands before the first end-of-sequence token.
+        texts: what stands before the first token that ends a turn or the sequence.
         lengths: [n] tokens of each text.
         decoded: the whole windows, numpy leaves [n, length].
     """
@@ -86,7 +86,8 @@ def reply(
         system, prompts, config, seed=seed, pad_token_id=tokenizer.pad_id, max_length=max_length,
         batch_size=batch_size,
     )  # fmt: skip
-    lengths = unmasking.text_lengths(decoded.tokens, tokenizer.eos_id)
+    ends = {tokenizer.eos_id, tokenizer.end_of_turn_id}
+    lengths = np.min([unmasking.text_lengths(decoded.tokens, end) for end in ends], axis=0)
     rows = zip(decoded.tokens, lengths, strict=True)
     return Replies([tokenizer.decode(row[:n]) for row, n in rows], lengths, decoded)
 

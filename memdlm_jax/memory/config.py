@@ -49,7 +49,8 @@ class MemoryConfig:
             training, in inner steps and outer loss, but not by a distillation teacher.
         layer_fraction: in (0, 1]; the layers from ``int(n_layers * (1 - fraction))`` on adapt.
         target_modules: what adapts inside a layer: paths of matrices, or of modules with all the
-            matrices below them (``("mlp",)``, ``("attention",)``, both).
+            matrices below them, or parts of such paths (``("mlp",)`` with every expert and the
+            shared one, ``("attention",)``, ``("up_proj", "down_proj")``). Routers never adapt.
         scope: who shares fast weights: ``example`` (every row has its own), ``global`` (one for
             the whole batch, whatever the devices), or ``device`` (consecutive rows in ``groups``
             equal parts; what the public code does per process).

@@ -3,10 +3,11 @@
 Phi is a nested dict that mirrors one layer of the backbone (``{"mlp": {"gate_proj": {"delta":
 LowRank}}}``). Every leaf has two leading axes before the matrix: ``[groups, layers, ...]``. A
 *group* is a set of rows that shares one memory (see ``MemoryConfig.scope``); ``layers`` counts
-the adapted layers only.
+the adapted layers only. Experts have a third one.
 """
 
 import math
+from collections.abc import Callable
 
 import flax.struct
 import flax.traverse_util
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.typing import Denoiser, Hidden, Key, Mask, Phi, Theta, Tokens
+
+Multiply = Callable[[jax.Array, jax.Array], jax.Array]
+"""A product of activations [..., in] and a matrix [..., in, out]: of the whole, or by expert."""
 
 
 @flax.struct.dataclass
@@ -25,9 +29,9 @@ class LowRank:
     B: jax.Array
     scale: float = flax.struct.field(pytree_node=False)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., in] to [..., out]."""
-        return ((x @ self.A) @ self.B) * self.scale
+    def __call__(self, x: jax.Array, multiply: Multiply = jnp.matmul) -> jax.Array:
+        """Map [..., in] to [..., out]; ``multiply(x, matrix)`` takes the products."""
+        return multiply(multiply(x, self.A), self.B) * self.scale
 
 
 @flax.struct.dataclass
@@ -36,9 +40,9 @@ class Dense:
 
     W: jax.Array
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., in] to [..., out]."""
-        return x @ self.W
+    def __call__(self, x: jax.Array, multiply: Multiply = jnp.matmul) -> jax.Array:
+        """Map [..., in] to [..., out]; ``multiply(x, matrix)`` takes the product."""
+        return multiply(x, self.W)
 
 
 @flax.struct.dataclass
@@ -55,10 +59,10 @@ class Dropped:
     key: Key
     rate: float = flax.struct.field(pytree_node=False)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., in] to [..., out]."""
+    def __call__(self, x: jax.Array, multiply: Multiply = jnp.matmul) -> jax.Array:
+        """Map [..., in] to [..., out]; ``multiply(x, matrix)`` takes the products."""
         keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
-        return self.delta(jnp.where(keep, x / (1 - self.rate), 0))
+        return self.delta(jnp.where(keep, x / (1 - self.rate), 0), multiply)
 
 
 def with_dropout(phi: Phi, key: Key, rate: float) -> Phi:
@@ -73,9 +77,9 @@ def with_dropout(phi: Phi, key: Key, rate: float) -> Phi:
         return phi
 
     deltas, structure = jax.tree.flatten(phi, is_leaf=is_fast_weight)
-    layers = jax.tree.leaves(phi)[0].shape[0]
-    keys = jax.random.split(key, (len(deltas), layers))
-    dropped = [Dropped(delta, keys[i], rate) for i, delta in enumerate(deltas)]
+    layers = [jax.tree.leaves(delta)[0].shape[0] for delta in deltas]
+    keys = jax.random.split(key, (len(deltas), max(layers)))
+    dropped = [Dropped(delta, keys[i, : layers[i]], rate) for i, delta in enumerate(deltas)]
     return jax.tree.unflatten(structure, dropped)
 
 
@@ -116,19 +120,17 @@ def init(key: Key, denoiser: Denoiser, config: MemoryConfig, groups: int, dtype=
         dtype: float32 over any base, float64 in parity tests.
 
     Returns:
-        Phi with leaves [groups, adapted layers, in, ...]. A is uniform in +-1/sqrt(in) (PyTorch's
-        Kaiming-uniform with a = sqrt(5), as the public code draws it), B and W are zero.
+        Phi with leaves [groups, adapted layers, (experts,) in, ...]. A is uniform in +-1/sqrt(in)
+        (PyTorch's Kaiming-uniform with a = sqrt(5), as the public code draws it), B and W are zero.
 
     Raises:
         ValueError: if a target module is unknown to the denoiser, naming it and those known.
     """
-    shapes = denoiser.adaptable()
-    layers = denoiser.num_layers - split_of(denoiser, config)
+    shapes = denoiser.adaptable(split_of(denoiser, config))
     paths = adapted_paths(denoiser, config)
     flat = {}
     for path, path_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
-        _, rows, columns = shapes[path]
-        delta = _init_one(path_key, config, (layers, rows, columns), dtype)
+        delta = _init_one(path_key, config, shapes[path], dtype)
         flat[(*path.split("/"), "delta")] = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, (groups, *leaf.shape)), delta
         )
@@ -136,31 +138,31 @@ def init(key: Key, denoiser: Denoiser, config: MemoryConfig, groups: int, dtype=
 
 
 def adapted_paths(denoiser: Denoiser, config: MemoryConfig) -> list[str]:
-    """Sorted paths of the matrices of a layer that carry fast weights.
+    """Sorted paths of the matrices of the adapted layers that carry fast weights.
 
     Raises:
-        ValueError: if a target module has no matrix in this denoiser, naming it and those known.
+        ValueError: if a target module has no matrix in these layers, naming it and those known.
     """
-    known, found = denoiser.adaptable(), set()
+    known, found = denoiser.adaptable(split_of(denoiser, config)), set()
     for module in config.target_modules:
-        below = {path for path in known if path == module or path.startswith(f"{module}/")}
+        below = {path for path in known if f"/{module}/" in f"/{path}/"}
         if not below:
             raise ValueError(
-                f"memory.target_modules has {module!r}, unknown to this denoiser; "
-                f"it has {sorted(known)} and the modules above them"
+                f"memory.target_modules has {module!r}, unknown to the adapted layers of this "
+                f"denoiser; they have {sorted(known)}, their parts and the modules above them"
             )
         found |= below
     return sorted(found)
 
 
-def _init_one(key: Key, config: MemoryConfig, shape: tuple[int, int, int], dtype):
-    layers, rows, columns = shape
+def _init_one(key: Key, config: MemoryConfig, shape: tuple[int, ...], dtype):
+    *stack, rows, columns = shape
     if config.adapter == "full":
-        return Dense(jnp.zeros((layers, rows, columns), dtype))
+        return Dense(jnp.zeros(shape, dtype))
     bound = 1 / math.sqrt(rows)
-    a = jax.random.uniform(key, (layers, rows, config.rank), dtype, -bound, bound)
+    a = jax.random.uniform(key, (*stack, rows, config.rank), dtype, -bound, bound)
     scale = config.alpha / config.rank
-    return LowRank(a, jnp.zeros((layers, config.rank, columns), dtype), scale)
+    return LowRank(a, jnp.zeros((*stack, config.rank, columns), dtype), scale)
 
 
 def group_rows(tree, groups: int):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.losses import InnerLoss
-from memdlm_jax.typing import Phi, Theta
+from memdlm_jax.typing import Partitioned, Phi, Theta, differentiable
 
 Measure = Callable[[Theta, Phi, Any], jax.Array]
 """(theta, phi [g, ...], state [g, ...]) -> losses [g]."""
@@ -242,17 +242,21 @@ def forward_over_reverse_gradient(loss: InnerLoss, axis_name: str | None = None)
         loss_cotangent, direction = _where(fine, cotangents, zeros)
         floats, rebuild = _split_floats(state)
         phi, floats = _harmless(fine, (phi, floats))
+        trained, complete = differentiable(theta)
 
         def gradients(phi, weights):
-            def total(theta, phi, floats):
-                return weighted(theta, phi, rebuild(floats), weights)[0]
+            def total(trained, phi, floats):
+                return weighted(complete(trained), phi, rebuild(floats), weights)[0]
 
-            return jax.grad(total, (0, 1, 2))(theta, phi, floats)
+            return jax.grad(total, (0, 1, 2))(trained, phi, floats)
 
         # One product for both outputs: moving the weights along the losses' cotangent adds
         # sum_g c_g grad L_g to the second-order term.
         at = (phi, jnp.ones_like(loss_cotangent))
-        _, (d_theta, d_phi, d_floats) = jax.jvp(gradients, at, (direction, loss_cotangent))
+        _, (d_trained, d_phi, d_floats) = jax.jvp(gradients, at, (direction, loss_cotangent))
+        d_theta = d_trained
+        if isinstance(theta, Partitioned):
+            d_theta = Partitioned(d_trained, frozen=None)  # no cotangent at all
         return d_theta, d_phi, rebuild(d_floats, keep_others=False)
 
     value_and_gradient.defvjp(forward, backward)

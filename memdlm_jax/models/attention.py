@@ -1,23 +1,32 @@
-"""Bidirectional grouped-query attention with rotary positions."""
+"""Grouped-query attention with rotary positions, in both directions or under any mask."""
+
+import dataclasses
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from memdlm_jax.models.layers import Initializer, Linear
+from memdlm_jax.models.layers import Initializer, Linear, RMSNorm
 
 
-def rotary(x: jax.Array, position_ids: jax.Array, theta: float) -> jax.Array:
+def rotary(
+    x: jax.Array, position_ids: jax.Array, theta: float, channels: int | None = None
+) -> jax.Array:
     """Rotate queries or keys by their positions (RoPE, rotate-half pairing of channels).
 
     Args:
         x: [b, l, heads, head_dim].
         position_ids: [b, l] or [1, l] int32.
         theta: base of the frequencies.
+        channels: even; only so many first channels of a head turn, ``None`` for all.
 
     Returns:
         [b, l, heads, head_dim] in the dtype of ``x``; angles are taken in float32 or wider.
     """
+    if channels is not None and channels < x.shape[-1]:
+        turned = rotary(x[..., :channels], position_ids, theta)
+        return jnp.concatenate([turned, x[..., channels:]], axis=-1)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
@@ -28,10 +37,8 @@ def rotary(x: jax.Array, position_ids: jax.Array, theta: float) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None
-) -> jax.Array:
-    """Softmax attention over all valid keys; scores and softmax in float32 or wider.
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Softmax attention; scores and softmax in float32 or wider.
 
     ``jax.nn.dot_product_attention`` takes the softmax in float32 whatever its inputs, which loses
     float64 parity; this is the same product without that cast, and it has second derivatives.
@@ -40,43 +47,129 @@ def attend(
         query: [b, l, heads, head_dim].
         key: [b, k, kv_heads, head_dim]; kv head j serves the query heads of its group.
         value: like ``key``.
-        valid: [b, k] bool keys that are seen, or ``None`` for all.
+        mask: who sees whom: bool [b, k] (the keys that every query sees) or [b | 1, l, k]; or a
+            floating [b | 1, l, k], added to the scores; ``None`` for all.
 
     Returns:
-        [b, l, heads, head_dim] in the dtype of ``query``.
+        [b, l, heads, head_dim] in the dtype of ``query``; zeros for a query that sees no key.
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     size = query.shape[-1]
     grouped = query.reshape(*query.shape[:2], key.shape[2], -1, size)
     scores = jnp.einsum("blkgd,bmkd->bkglm", grouped, key, preferred_element_type=wide)
     scores = scores * size**-0.5
-    if valid is not None:
-        scores = jnp.where(valid[:, None, None, None, :], scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = _weights(scores, mask).astype(value.dtype)
     return jnp.einsum("bkglm,bmkd->blkgd", weights, value).reshape(query.shape)
 
 
-class Attention(nn.Module):
-    """Multi-head attention over all valid keys, in both directions; softmax in float32 or wider."""
+def _weights(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Softmax over the seen keys of scores [b, kv_heads, group, l, k]."""
+    if mask is None:
+        return jax.nn.softmax(scores, axis=-1)
+    mask = mask[:, None, None, None, :] if mask.ndim == 2 else mask[:, None, None]
+    if jnp.issubdtype(mask.dtype, jnp.floating):
+        return jax.nn.softmax(scores + mask.astype(scores.dtype), axis=-1)
+    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    return jnp.where(jnp.any(mask, axis=-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0)
+
+
+def block_causal(length: int, block: int) -> np.ndarray:
+    """Mask under which a token sees its own block and those before it.
+
+    Blocks are counted from index 0 of the row, whatever the position ids (LLaDA2.0 decoding).
+
+    Args:
+        length: tokens of the row.
+        block: tokens of a block, at least 1.
+
+    Returns:
+        [length, length] bool, query first.
+    """
+    number = np.arange(length) // block
+    return number[:, None] >= number[None, :]
+
+
+def block_diffusion(length: int, block: int) -> np.ndarray:
+    """Mask of block-diffusion training over the concatenation of x_t and x_0 (arXiv 2503.09573).
+
+    A noisy token sees its own noisy block and the clean blocks before it; a clean token sees the
+    clean blocks up to its own.
+
+    Args:
+        length: tokens of x_0.
+        block: tokens of a block, at least 1.
+
+    Returns:
+        [2 length, 2 length] bool, query first.
+    """
+    number = np.arange(length) // block
+    same, before = number[:, None] == number[None, :], number[:, None] > number[None, :]
+    return np.block([[same, before], [np.zeros_like(same), same | before]])
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What an attention layer is made of.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: channels of a head.
+        rope_theta: base of the rotary frequencies.
+        rotary_channels: first channels of a head that turn, even.
+        norm_epsilon: of the norms of queries and keys.
+        normalise_heads: RMSNorm over each head's queries and keys, before the rotation.
+        use_bias: of the query, key and value maps.
+        fused: one matrix gives all queries, then all keys, then all values.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rope_theta: float
+    rotary_channels: int
+    norm_epsilon: float
+    normalise_heads: bool = False
+    use_bias: bool = False
+    fused: bool = False
+
+    def features(self) -> dict[str, int]:
+        """Output sizes of the input maps, by name."""
+        query, other = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        if self.fused:
+            return {"query_key_value": query + 2 * other}
+        return {"q_proj": query, "k_proj": other, "v_proj": other}
+
+
+class Attention(nn.Module):
+    """Multi-head attention under any mask; softmax in float32 or wider."""
+
+    spec: AttentionSpec
     kernel_init: Initializer
     output_init: Initializer
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array | None, position_ids: jax.Array) -> jax.Array:
-        """Map [b, l, d] to [b, l, d]; ``valid`` [b, l] bool marks the keys that are seen."""
-
-        def project(name: str, heads: int) -> jax.Array:
-            y = Linear(heads * self.head_dim, self.kernel_init, self.param_dtype, name=name)(x)
-            return y.reshape(*x.shape[:-1], heads, self.head_dim)
-
-        query = rotary(project("q_proj", self.num_heads), position_ids, self.rope_theta)
-        key = rotary(project("k_proj", self.num_kv_heads), position_ids, self.rope_theta)
-        value = project("v_proj", self.num_kv_heads)
-        mixed = attend(query, key, value, valid).reshape(*x.shape[:-1], -1)
+    def __call__(self, x: jax.Array, mask: jax.Array | None, position_ids: jax.Array) -> jax.Array:
+        """Map [b, l, d] to [b, l, d]; ``mask`` as in ``attend``."""
+        s = self.spec
+        query, key, value = self._project(x)
+        if s.normalise_heads:
+            query = RMSNorm(s.norm_epsilon, self.param_dtype, name="q_norm")(query)
+            key = RMSNorm(s.norm_epsilon, self.param_dtype, name="k_norm")(key)
+        query = rotary(query, position_ids, s.rope_theta, s.rotary_channels)
+        key = rotary(key, position_ids, s.rope_theta, s.rotary_channels)
+        mixed = attend(query, key, value, mask).reshape(*x.shape[:-1], -1)
         return Linear(x.shape[-1], self.output_init, self.param_dtype, name="o_proj")(mixed)
+
+    def _project(self, x: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values, [b, l, heads, head_dim]."""
+        s = self.spec
+        projected = [
+            Linear(size, self.kernel_init, self.param_dtype, s.use_bias, name=name)(x)
+            for name, size in s.features().items()
+        ]
+        if s.fused:
+            query = s.num_heads * s.head_dim
+            projected = jnp.split(projected[0], [query, query + s.num_kv_heads * s.head_dim], -1)
+        return [y.reshape(*y.shape[:-1], -1, s.head_dim) for y in projected]

@@ -1,12 +1,40 @@
-"""Layers that every backbone shares: RMSNorm, a linear map that reads fast weights, SwiGLU."""
+"""Layers that every backbone shares: RMSNorm, linear maps that read fast weights, SwiGLU."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memdlm_jax.models.grouped import Implementation, grouped_matmul
+
 Initializer = Callable[..., jax.Array]
+
+Multiply = Callable[[jax.Array, jax.Array], jax.Array]
+"""A product of activations [..., in] and a matrix [..., in, out]."""
+
+
+def apply_matrix(matrix: Any, x: jax.Array, multiply: Multiply) -> jax.Array:
+    """``multiply(x, W)`` for an array W, or what stands in its place in theta.
+
+    A stand-in (a quantised matrix, a matrix with an adapter) is called with ``x`` and ``multiply``
+    and decides itself which products to take.
+    """
+    return matrix(x, multiply) if callable(matrix) else multiply(x, matrix)
+
+
+def _in_dtype_of_activations(product: Multiply) -> Multiply:
+    return lambda x, w: product(x, w.astype(x.dtype))
+
+
+def _in_wider_dtype(product: Multiply) -> Multiply:
+    def multiply(x, w):
+        wide = jnp.promote_types(x.dtype, w.dtype)
+        return product(x.astype(wide), w.astype(wide))
+
+    return multiply
 
 
 class RMSNorm(nn.Module):
@@ -28,45 +56,86 @@ class RMSNorm(nn.Module):
         return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
-class Linear(nn.Module):
-    """``y = x W`` plus, when the ``fast`` collection holds one for this layer, ``fast(x)``.
-
-    The fast weight is any pytree that is callable on activations (see
-    ``memdlm_jax.memory.fast_weights``), stored under the name ``delta``. Without the collection
-    this is the plain linear map, to the bit.
-    """
+class _Matrix(nn.Module):
+    """What linear maps share: the kernel or its stand-in, and the fast weight on top."""
 
     features: int
     kernel_init: Initializer
     param_dtype: jnp.dtype
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map ``[..., in]`` to ``[..., features]``."""
-        kernel = self.param(
-            "kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype
-        )
-        y = x @ kernel.astype(x.dtype)
+    def _kernel(self, shape: tuple[int, ...]) -> Any:
+        # Flax would compare the leaves of a stand-in with the shape of a plain kernel.
+        if self.has_variable("params", "kernel"):
+            return self.get_variable("params", "kernel")
+        return self.param("kernel", self.kernel_init, shape, self.param_dtype)
+
+    def _product(self, x: jax.Array, shape: tuple[int, ...], product: Multiply) -> jax.Array:
+        y = apply_matrix(self._kernel(shape), x, _in_dtype_of_activations(product))
         if self.has_variable("fast", "delta"):
-            y = y + self.get_variable("fast", "delta")(x).astype(y.dtype)
+            delta: Any = self.get_variable("fast", "delta")
+            y = y + delta(x, _in_wider_dtype(product)).astype(y.dtype)
         return y
 
 
+class Linear(_Matrix):
+    """``y = x W (+ b)`` plus, when the ``fast`` collection holds one for this layer, ``fast(x)``.
+
+    The fast weight is any pytree that is callable on activations and a product (see
+    ``memdlm_jax.memory.fast_weights``), stored under the name ``delta``. Without the collection
+    this is the plain linear map, to the bit.
+    """
+
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map ``[..., in]`` to ``[..., features]``."""
+        y = self._product(x, (x.shape[-1], self.features), jnp.matmul)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            y = y + bias.astype(y.dtype)
+        return y
+
+
+class ExpertLinear(_Matrix):
+    """One matrix per expert, and fast weights on each: ``y[t] = x[t] W[index[t]]``."""
+
+    num_experts: int = 1
+    dispatch: Implementation = "ragged"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, index: jax.Array) -> jax.Array:
+        """Map [t, in] to [t, features]; ``index`` [t] int32 names each row's expert, ascending."""
+        product = functools.partial(
+            grouped_matmul, index=index, is_sorted=True, implementation=self.dispatch
+        )
+        return self._product(x, (self.num_experts, x.shape[-1], self.features), product)
+
+
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, the feed-forward block of every supported backbone."""
+    """``down(silu(gate(x)) * up(x))``, the feed-forward block of every supported backbone.
+
+    With ``num_experts`` every row goes through the matrices of its own expert.
+    """
 
     hidden_features: int
     kernel_init: Initializer
     output_init: Initializer
     param_dtype: jnp.dtype
+    num_experts: int = 0
+    dispatch: Implementation = "ragged"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map ``[..., d]`` to ``[..., d]``."""
+    def __call__(self, x: jax.Array, *index: jax.Array) -> jax.Array:
+        """Map ``[..., d]`` to ``[..., d]``; experts take x [t, d] and ascending ``index`` [t]."""
 
-        def linear(name: str, features: int, init: Initializer) -> Linear:
-            return Linear(features, init, self.param_dtype, name=name)
+        def linear(name: str, features: int, init: Initializer) -> nn.Module:
+            sizes = features, init, self.param_dtype
+            if self.num_experts:
+                return ExpertLinear(*sizes, self.num_experts, self.dispatch, name=name)
+            return Linear(*sizes, name=name)
 
-        gate = linear("gate_proj", self.hidden_features, self.kernel_init)(x)
-        up = linear("up_proj", self.hidden_features, self.kernel_init)(x)
-        return linear("down_proj", x.shape[-1], self.output_init)(nn.silu(gate) * up)
+        gate = linear("gate_proj", self.hidden_features, self.kernel_init)(x, *index)
+        up = linear("up_proj", self.hidden_features, self.kernel_init)(x, *index)
+        down = linear("down_proj", x.shape[-1], self.output_init)
+        return down(nn.silu(gate) * up, *index)

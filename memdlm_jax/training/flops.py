@@ -35,6 +35,8 @@ def _count_one(equation: core.JaxprEqn) -> int:
         return _dot_flops(equation, parameters["dimension_numbers"])
     if name == "ragged_dot_general":
         return _ragged_dot_flops(equation, parameters["ragged_dot_dimension_numbers"])
+    if name in ("grouped_matmul", "grouped_outer"):
+        return _grouped_flops(equation)
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in parameters["branches"])
     inner = sum(_count(jaxpr) for value in parameters.values() for jaxpr in _jaxprs(value))
@@ -54,6 +56,12 @@ def _ragged_dot_flops(equation: core.JaxprEqn, dimension_numbers: Any) -> int:
     if dimension_numbers.lhs_ragged_dimensions[0] in contracted:
         return flops // _shape(equation.invars[2])[-1]
     return flops
+
+
+def _grouped_flops(equation: core.JaxprEqn) -> int:
+    """One [in, out] matrix per row: ``models.grouped`` has rows [t, in] first, then [..., out]."""
+    rows, other = _shape(equation.invars[0]), _shape(equation.invars[1])
+    return 2 * math.prod(rows) * other[-1]
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

@@ -115,6 +115,7 @@ def run(
     validation: Sequence[Batch] = (),
     identity: Mapping[str, Any] | None = None,
     probe: Probe | None = None,
+    frozen: Theta = None,
 ) -> Result:
     """Train to ``config.steps``, resuming from the newest good checkpoint of ``config.output``.
 
@@ -129,7 +130,9 @@ def run(
         validation: batches of host arrays, scored with the same masks every time.
         identity: dotted name -> JSON value of what a resumed run must have in common with the
             first (model, optimiser, digest of the data).
-        probe: further numbers of theta to log at every validation.
+        probe: further numbers of ``state.theta`` to log at every validation.
+        frozen: the part of theta that is not trained, see ``step.train_step``; it is in no
+            checkpoint, so ``identity`` has to tell it.
 
     Returns:
         The last state, and which step validated best.
@@ -140,7 +143,7 @@ def run(
             state are not those of the checkpoint.
     """
     with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
-        steps = CompiledSteps(setup, capacity_for(data, validation))
+        steps = CompiledSteps(setup, capacity_for(data, validation), frozen)
         progress = _restored(checkpoints, steps.place(state))
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
             loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)

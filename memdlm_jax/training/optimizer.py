@@ -107,15 +107,16 @@ def decayed(theta: Theta) -> Theta:
     """Tell for every leaf whether weight decay applies to it.
 
     The rule is by name, as stacked norm scales look like matrices: no decay under ``embedding`` or
-    a name ending in ``norm``, nor on a ``bias`` or ``scale``, nor on a learned inner loop. The
-    unembedding decays.
+    a name ending in ``norm``, nor on a ``scale`` or a name ending in ``bias``, nor on a learned
+    inner loop. The unembedding and adapters decay.
     """
 
     def rule(path, leaf) -> bool:
         del leaf
-        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+        parts = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+        names = "/".join(parts).split("/")
         spared = any(name == "embedding" or name.endswith("norm") for name in names)
         spared = spared or _of_inner_loop(path)
-        return not (spared or names[-1] in ("bias", "scale"))
+        return not (spared or names[-1] == "scale" or names[-1].endswith("bias"))
 
     return jax.tree_util.tree_map_with_path(rule, theta)

@@ -1,7 +1,6 @@
 """The step functions compiled for the devices of this process: ``jit`` on one, ``pmap`` on more."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,12 +29,13 @@ class CompiledSteps:
         compile_seconds: wall time spent tracing and compiling so far.
     """
 
-    def __init__(self, setup: StepSetup, capacity_of: Callable[[int], int]):
+    def __init__(self, setup: StepSetup, capacity_of: Callable[[int], int], frozen: Theta = None):
         """Prepare for all local devices.
 
         Args:
             setup: of the step; its ``capacity`` and ``axis_name`` are set here.
             capacity_of: row length -> target slots of a row.
+            frozen: the part of theta that is not trained, see ``step.train_step``.
 
         Raises:
             RuntimeError: if JAX runs on several processes.
@@ -49,6 +49,7 @@ class CompiledSteps:
         self._compiled: dict[tuple, Callable] = {}
         self._flops: dict[tuple[int, ...], tuple[int, float]] = {}
         self.compile_seconds = 0.0
+        self._frozen = self.place(frozen)
 
     def place(self, state: Any) -> Any:
         """Put a pytree on all devices, a whole copy on each."""
@@ -83,8 +84,8 @@ class CompiledSteps:
         if shape not in self._flops:
             start = time.monotonic()
             setup = dataclasses.replace(self._setup_for(shape[1]), axis_name=None)
-            plain = _count(dataclasses.replace(setup, memory=None), state, batch)
-            full = plain if setup.memory is None else _count(setup, state, batch)
+            plain = _count(dataclasses.replace(setup, memory=None), state, self._frozen, batch)
+            full = plain if setup.memory is None else _count(setup, state, self._frozen, batch)
             self._flops[shape] = full, 1 - plain / full if full else 0.0
             self.compile_seconds += time.monotonic() - start
         return self._flops[shape]
@@ -110,17 +111,20 @@ class CompiledSteps:
         if name not in self._compiled:
             start = time.monotonic()
             setup = self._setup_for(batch.tokens.shape[-1])
-            bound = functools.partial(function, setup=setup)
+
+            def bound(tree, frozen, batch, *rest):
+                return function(tree, batch, *rest, setup=setup, frozen=frozen)
+
             wrapped = self._wrap(bound, donate, len(rest))
-            self._compiled[name] = wrapped.lower(tree, batch, *rest).compile()
+            self._compiled[name] = wrapped.lower(tree, self._frozen, batch, *rest).compile()
             self.compile_seconds += time.monotonic() - start
-        return self._compiled[name](tree, batch, *rest)
+        return self._compiled[name](tree, self._frozen, batch, *rest)
 
     def _wrap(self, function: Callable, donate: tuple[int, ...], extra: int):
         if len(self._devices) == 1:
             return jax.jit(function, donate_argnums=donate)
         return jax.pmap(
-            function, AXIS, in_axes=(None, 0, *(None,) * extra), out_axes=None,
+            function, AXIS, in_axes=(None, None, 0, *(None,) * extra), out_axes=None,
             devices=self._devices, donate_argnums=donate,
         )  # fmt: skip
 
@@ -134,8 +138,8 @@ class CompiledSteps:
         return jax.tree.map(lambda x: np.reshape(x, (count, rows // count, *x.shape[1:])), batch)
 
 
-def _count(setup: StepSetup, state: TrainState, batch: Batch) -> int:
-    def one(state, batch, key):
-        return step.train_step(state, batch, key, False, setup=setup)
+def _count(setup: StepSetup, state: TrainState, frozen: Theta, batch: Batch) -> int:
+    def one(state, frozen, batch, key):
+        return step.train_step(state, batch, key, False, setup=setup, frozen=frozen)
 
-    return flops.matmul_flops(one, state, batch, jax.random.key(0))
+    return flops.matmul_flops(one, state, frozen, batch, jax.random.key(0))

@@ -19,7 +19,7 @@ from memdlm_jax.memory.meta_gradient import Corrupt, OuterLoss
 from memdlm_jax.training import optimizer as optimizers
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.state import TrainState
-from memdlm_jax.typing import Batch, Denoiser, Key, Theta
+from memdlm_jax.typing import Batch, Denoiser, Key, Partitioned, Theta
 
 Metrics = dict[str, jax.Array]
 """Name -> scalar, already averaged over the whole batch."""
@@ -40,6 +40,7 @@ class StepSetup:
         loss: weights and normalisation of the outer loss.
         inner_loss: see ``meta_gradient.outer_loss``.
         inner_optimizer: see ``meta_gradient.outer_loss``.
+        dropout: (theta, key) -> theta that drops inputs of its adapters, for training; or ``None``.
     """
 
     denoiser: Denoiser
@@ -52,6 +53,7 @@ class StepSetup:
     loss: LossConfig = PAPER_LOSS
     inner_loss: InnerLoss | None = None
     inner_optimizer: optax.GradientTransformation | None = None
+    dropout: Callable[[Theta, Key], Theta] | None = None
 
     def __post_init__(self):
         shared = self.memory is not None and self.memory.scope == "global"
@@ -108,7 +110,13 @@ class InnerSums:
 
 
 def train_step(
-    state: TrainState, batch: Batch, key: Key, report: bool | jax.Array, *, setup: StepSetup
+    state: TrainState,
+    batch: Batch,
+    key: Key,
+    report: bool | jax.Array,
+    *,
+    setup: StepSetup,
+    frozen: Theta = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one optimiser step (paper, section 4.4).
 
@@ -118,6 +126,8 @@ def train_step(
         key: PRNG key of the step, the same on all devices.
         report: whether to pay for the memory-off loss; a traced bool or a static one.
         setup: everything static.
+        frozen: the part of theta that is not trained, see ``typing.Partitioned``; ``None`` if
+            ``state.theta`` is all of theta.
 
     Returns:
         (state after the step, metrics). Gradient and losses are sums over all rows of all
@@ -127,7 +137,7 @@ def train_step(
     Raises:
         ValueError: if the rows cannot be cut into the micro-batches.
     """
-    gradient, sums = gradient_sums(setup, state.theta, batch, key, report)
+    gradient, sums = gradient_sums(setup, state.theta, batch, key, report, frozen)
     if setup.axis_name is not None:
         gradient, sums = jax.lax.psum((gradient, sums), setup.axis_name)
     scale = 1.0 / jnp.maximum(sums.normaliser, 1)
@@ -145,7 +155,12 @@ def train_step(
 
 
 def gradient_sums(
-    setup: StepSetup, theta: Theta, batch: Batch, key: Key, report: bool | jax.Array
+    setup: StepSetup,
+    theta: Theta,
+    batch: Batch,
+    key: Key,
+    report: bool | jax.Array,
+    frozen: Theta = None,
 ) -> tuple[Theta, Sums]:
     """Gradient of the summed outer loss, and the sums, over this device's micro-batches.
 
@@ -154,7 +169,7 @@ def gradient_sums(
     """
 
     def one(batch, key):
-        return _one_gradient(setup, theta, batch, key, report)
+        return _one_gradient(setup, theta, frozen, batch, key, report)
 
     return _over_micro_batches(setup, one, batch, key)
 
@@ -179,9 +194,16 @@ def _over_micro_batches(setup: StepSetup, one: Callable[[Batch, Key], Any], batc
     return jax.lax.scan(add, zeros, inputs)[0]
 
 
-def _one_gradient(setup: StepSetup, theta: Theta, batch: Batch, key: Key, report):
+def _one_gradient(setup: StepSetup, theta: Theta, frozen: Theta, batch: Batch, key: Key, report):
+    if setup.dropout is not None:
+        key, dropout_key = jax.random.split(key)
+        if setup.axis_name is not None:
+            device = jax.lax.axis_index(setup.axis_name)
+            dropout_key = jax.random.fold_in(dropout_key, device)
+        frozen = setup.dropout(frozen, dropout_key)
+
     def loss(theta):
-        return _outer_loss(setup, theta, batch, key, report)
+        return _outer_loss(setup, theta, frozen, batch, key, report)
 
     gradient, sums = jax.grad(loss, has_aux=True)(theta)
     wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient)
@@ -189,10 +211,13 @@ def _one_gradient(setup: StepSetup, theta: Theta, batch: Batch, key: Key, report
 
 
 def _outer_loss(
-    setup: StepSetup, parameters: Any, batch: Batch, key: Key, report, training: bool = True
-):
+    setup: StepSetup, parameters: Any, frozen: Theta, batch: Batch, key: Key, report,
+    training: bool = True,
+):  # fmt: skip
     """Draw one corruption and take the loss on it: (sum, ``Sums``)."""
     theta, inner = learned.split(parameters)
+    if frozen is not None:
+        theta = Partitioned(theta, frozen)
     memory = setup.memory
     if memory is None:
         # The anchor is drawn as with memory, so that runs with one seed see the same masks.
@@ -273,7 +298,9 @@ def metrics_of(sums: Sums) -> Metrics:
     return metrics
 
 
-def eval_step(theta: Theta, batch: Batch, key: Key, *, setup: StepSetup) -> Sums:
+def eval_step(
+    theta: Theta, batch: Batch, key: Key, *, setup: StepSetup, frozen: Theta = None
+) -> Sums:
     """Sums of the memory-on and memory-off losses on one validation batch.
 
     Times are drawn with low discrepancy whatever the training schedule: the expectation is the
@@ -284,7 +311,7 @@ def eval_step(theta: Theta, batch: Batch, key: Key, *, setup: StepSetup) -> Sums
     setup = dataclasses.replace(setup, schedule=schedule)
 
     def one(batch, key):
-        return _outer_loss(setup, theta, batch, key, True, training=False)[1]
+        return _outer_loss(setup, theta, frozen, batch, key, True, training=False)[1]
 
     sums = _over_micro_batches(setup, one, batch, key)
     return sums if setup.axis_name is None else jax.lax.psum(sums, setup.axis_name)

@@ -1,6 +1,7 @@
 """Needle episodes: RULER's wording to the character, exact lengths, no test key in training."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from memdlm_jax.data.needles import (
     key_parts,
     string_match_all,
 )
+from memdlm_jax.data.sft import EncodeConfig, Encoder
+from memdlm_jax.data.tokenizer import Tokenizer
 
 ONE = (
     r"A special magic number is hidden within the following text\. Make sure to memorize it\. "
@@ -70,6 +73,18 @@ def test_length_is_filled_and_never_exceeded(task, tokenizer):
         episode = task.episode(0, index)
         length = len(episode.prompt_ids) + len(tokenizer.encode(episode.response)) + TURN_TOKENS
         assert 0.95 * task.config.length <= length <= task.config.length
+
+
+def test_rows_under_a_chat_template_fit(sentences):
+    folder = Path(__file__).parents[1] / "golden" / "tokenizer_llada"
+    public = Tokenizer.load(folder)
+    task = NeedleTask(NeedleConfig(length=1024), public, sentences)
+    encoder = Encoder(public, EncodeConfig(1024))
+    for index in range(20):
+        row = encoder.encode(task.episode(0, index).example("group"))
+        assert not isinstance(row, str), row
+        assert 0.95 * 1024 <= len(row.tokens) <= 1024
+        assert row.tokens[-1] == public.end_of_turn_id
 
 
 def test_ids_are_those_of_the_text(task, tokenizer):

@@ -52,8 +52,8 @@ class Experts(tiny.Tiny):
     def _fast(self, phi, name, layer):
         return jax.tree.map(lambda leaf: leaf[layer], phi["mlp"][name]["delta"])
 
-    def adaptable(self):
-        return super().adaptable() | {"mlp/other": (3, self.width, self.hidden)}
+    def adaptable(self, split=0):
+        return super().adaptable(split) | {"mlp/other": (3 - split, self.width, self.hidden)}
 
 
 @pytest.mark.parametrize("clip", ["local", "global", "none"])

@@ -17,7 +17,10 @@ SHAPES = {
     "mlp/up_proj": (10, 16, 40),
     "mlp/down_proj": (10, 40, 16),
 }
-DENOISER = types.SimpleNamespace(num_layers=10, adaptable=lambda: SHAPES)
+DENOISER = types.SimpleNamespace(
+    num_layers=10,
+    adaptable=lambda split=0: {path: (n - split, *rest) for path, (n, *rest) in SHAPES.items()},
+)
 FFN_PATHS = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
 CONFIG = MemoryConfig(rank=3, alpha=6.0, layer_fraction=0.4)
 
@@ -88,6 +91,7 @@ def test_unknown_modules_are_named_beside_the_known():
         (("mlp", "attention"), sorted(SHAPES)),
         (("mlp", "mlp/up_proj"), sorted(FFN_PATHS)),
         (("mlp/up_proj",), ["mlp/up_proj"]),
+        (("up_proj", "q_proj"), ["attention/q_proj", "mlp/up_proj"]),
     ],
 )
 def test_a_module_stands_for_all_matrices_below_it(modules, paths):

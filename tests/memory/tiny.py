@@ -51,8 +51,8 @@ class Tiny:
     def readout(self, theta, last_hidden):
         return self.normalise(theta, last_hidden) @ theta["out"]
 
-    def adaptable(self):
-        n, d, h = self.num_layers, self.width, self.hidden
+    def adaptable(self, split=0):
+        n, d, h = self.num_layers - split, self.width, self.hidden
         return {"mlp/up": (n, d, h), "mlp/down": (n, h, d)}
 
 

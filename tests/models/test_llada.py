@@ -32,9 +32,10 @@ def theta(model):
 TOKENS = jnp.arange(14).reshape(2, 7)
 
 
-def logits(model, theta, phi=None, split=2, **where):
-    hidden = model.trunk(theta, TOKENS, split=split, **where)
-    last = fast_weights.head_with_memory(model, theta, phi, hidden, split=split, **where)
+def logits(model, theta, phi=None, split=2, valid=None, position_ids=None):
+    where = valid, position_ids
+    hidden = model.trunk(theta, TOKENS, *where, split=split)
+    last = fast_weights.head_with_memory(model, theta, phi, hidden, *where, split=split)
     return model.readout(theta, last)
 
 
@@ -48,7 +49,7 @@ def test_split_does_not_change_the_model(model, theta, split):
 
 
 def test_remat_does_not_change_the_model(model, theta):
-    remat = LLaDA(dataclasses.replace(CONFIG, remat=True))
+    remat = LLaDA(dataclasses.replace(CONFIG, remat="full"))
     np.testing.assert_array_equal(logits(remat, theta), logits(model, theta))
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from memdlm_jax.models.grouped import grouped_matmul, grouped_outer
 from memdlm_jax.training.flops import matmul_flops
 from memdlm_jax.training.parallel import CompiledSteps
 from tests.training import tiny
@@ -32,6 +33,21 @@ def test_a_ragged_product_counts_each_row_once():
     x, w = jnp.ones((6, 4)), jnp.ones((3, 4, 5))
     assert matmul_flops(loss, x, w) == 2 * 6 * 4 * 5
     assert matmul_flops(jax.grad(loss, (0, 1)), x, w) == 3 * 2 * 6 * 4 * 5
+
+
+def test_a_grouped_product_counts_each_row_once():
+    def loss(x, w):
+        return grouped_matmul(x, w, jnp.array([2, 0, 0, 1, 2, 2])).sum()
+
+    x, w = jnp.ones((6, 4)), jnp.ones((3, 4, 5))
+    assert matmul_flops(loss, x, w) == 2 * 6 * 4 * 5
+    assert matmul_flops(jax.grad(loss, (0, 1)), x, w) == 3 * 2 * 6 * 4 * 5
+    assert matmul_flops(jax.vmap(loss, (0, None)), jnp.ones((7, 6, 4)), w) == 7 * 2 * 6 * 4 * 5
+
+    def outer(x, y):
+        return grouped_outer(x, y, jnp.zeros(6, int), num_groups=3)
+
+    assert matmul_flops(outer, x, jnp.ones((6, 5))) == 2 * 6 * 4 * 5
 
 
 def test_the_plain_step_is_three_times_its_forward_products():

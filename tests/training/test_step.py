@@ -44,7 +44,7 @@ def test_micro_batches_of_unequal_token_counts_equal_one_batch(memory, parts):
 
 
 def test_micro_batches_draw_from_keys_of_their_own(monkeypatch):
-    def drawn(setup, theta, batch, key, report):
+    def drawn(setup, theta, frozen, batch, key, report):
         return {}, jax.random.uniform(key)
 
     monkeypatch.setattr(step, "_one_gradient", drawn)
@@ -286,7 +286,7 @@ def test_rows_that_cannot_be_cut_into_micro_batches_are_refused():
 
 @pytest.mark.parametrize("memory", [None, tiny.MEMORY], ids=["mdlm", "memdlm"])
 def test_narrow_activations_leave_parameters_and_losses_wide(memory):
-    narrow = dataclasses.replace(tiny.DENOISER.config, dtype="bfloat16", remat=True)
+    narrow = dataclasses.replace(tiny.DENOISER.config, dtype="bfloat16", remat="full")
     config = dataclasses.replace(tiny.OPTIMIZER, accumulation=2)
     setup = step.StepSetup(type(tiny.DENOISER)(narrow), config, memory)
     take = functools.partial(step.train_step, setup=setup)

@@ -66,9 +66,9 @@ class EarlyLayers:
         """Logits of what ``head`` returns."""
         return jnp.matmul(last_hidden, self.whole.unembedding(theta))
 
-    def adaptable(self) -> Mapping[str, tuple[int, int, int]]:
+    def adaptable(self, split: int = 0) -> Mapping[str, tuple[int, ...]]:
         """As the whole denoiser."""
-        return self.whole.adaptable()
+        return self.whole.adaptable(split)
 
 
 def early_layers(case: Case) -> EarlyLayers | None:

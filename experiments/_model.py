@@ -1,0 +1,84 @@
+"""Model folders as scripts load them: weights or adapters, a narrow base, and the tokenizer."""
+
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+from typing import Literal
+
+from ml_collections import config_dict
+
+from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.data.tokenizer import Tokenizer
+from memdlm_jax.models.lora import LoraConfig
+from memdlm_jax.models.quantize import quantize
+from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.typing import Theta
+
+logger = logging.getLogger(__name__)
+
+Dtype = Literal["float32", "bfloat16"]
+Base = Literal["float32", "bfloat16", "int8", "nf4"]
+"""How parameters are held: in full, or the layers' matrices as codes and the rest in bfloat16."""
+
+_NARROW = ("int8", "nf4")
+
+
+def load(
+    folder: str, dtype: str, base: Base | None = None, under: str = "", block: int = 64
+) -> tuple[Transformer, Theta, Tokenizer]:
+    """Load a model folder with its tokenizer.
+
+    Args:
+        folder: with a model, or with a PEFT adapter.
+        dtype: of the activations.
+        base: how parameters are held, ``None`` as the activations. Routers are never narrow: which
+            expert a token goes to hangs on small differences.
+        under: model folder under an adapter; empty is the one that the adapter names.
+        block: weights that share a scale in a narrow base.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``hugging_face.load`` and ``Tokenizer.load``; or model
+            and tokenizer disagree on the vocabulary or the mask token.
+    """
+    transform = None
+    if base in _NARROW:
+        transform = functools.partial(_narrow, kind=base, block=block)
+    param_dtype = "bfloat16" if base in _NARROW else base
+    denoiser, theta = hugging_face.load(
+        folder, dtype, param_dtype, base=under or None, transform=transform
+    )
+    tokenizer = Tokenizer.load(tokenizer_folder(folder, under))
+    if denoiser.config.mask_token_id is None:
+        denoiser = denoiser.with_config(mask_token_id=tokenizer.mask_id)
+    check_tokenizer(denoiser, tokenizer, folder)
+    return denoiser, theta, tokenizer
+
+
+def _narrow(path: str, matrices, *, kind, block: int):
+    return matrices if "/router/" in path else quantize(matrices, kind, block)
+
+
+def lora_defaults() -> config_dict.ConfigDict:
+    """The ``lora`` section of scripts that train: all settings, as the public script has them."""
+    return config_dict.ConfigDict(dataclasses.asdict(LoraConfig()))
+
+
+def tokenizer_folder(folder: str, under: str = "") -> Path:
+    """The folder itself, or that of the model under an adapter that brings no tokenizer."""
+    own = Path(folder)
+    brings = any((own / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    if brings or not hugging_face.is_adapter(own):
+        return own
+    return hugging_face.base_of(own, under or None)
+
+
+def check_tokenizer(denoiser: Transformer, tokenizer: Tokenizer, folder: str) -> None:
+    """Raise ValueError if model and tokenizer disagree on vocabulary or mask token."""
+    model = denoiser.config
+    if tokenizer.mask_id != model.mask_token_id or tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has mask id {tokenizer.mask_id} and "
+            f"{tokenizer.vocab_size} ids, the model has mask id {model.mask_token_id} and "
+            f"{model.vocab_size} ids"
+        )

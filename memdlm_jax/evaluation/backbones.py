@@ -1,0 +1,247 @@
+"""Compare a backbone with what the published modelling code computed on the same weights.
+
+A recording is a ``golden.npz``. Inputs: ``input_ids`` [b, l], and per case ``positions_CASE``,
+``attention_mask_CASE`` [b, l] or ``attend_CASE`` [l, l]. Outputs: a quantity, ``QUANTITY_CASE``
+under a case: ``logits``, ``logits_shifted``, ``hidden`` (embeddings and every layer),
+``final_norm``, ``attn_out``, ``mlp_out``, and of routers ``router_logits``, ``topk_idx``,
+``topk_weight``, for all layers or ``..._layerN`` of one. A case ``bias01_CASE`` adds
+``attend_CASE`` as 0 and 1 to the scores. ``logits_bf16_compute`` is informative: bfloat16 moves tokens to other experts.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memdlm_jax.models.dream import Dream
+from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.typing import Theta
+
+TOLERANCE = 5e-5
+_BFLOAT16 = "logits_bf16_compute"
+_INPUT = re.compile(r"input_ids|(positions|attention_mask|attend)(_.+)?$")
+_UNUSED = ("eos_token_id",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """One recorded array beside ours.
+
+    Attributes:
+        name: its key in the recording.
+        error: largest absolute difference; for choices of experts, how many tokens differ.
+        tolerance: largest error allowed; ``None`` if the comparison only informs.
+        note: why there is nothing to compare, or empty.
+    """
+
+    name: str
+    error: float
+    tolerance: float | None
+    note: str = ""
+
+    @property
+    def equal(self) -> bool:
+        """Whether the error is within the tolerance; NaN is not."""
+        return self.tolerance is None or self.error <= self.tolerance
+
+
+def compare(
+    denoiser: Transformer, theta: Theta, golden: Mapping[str, np.ndarray], tolerance: float
+) -> list[Compared]:
+    """Compare everything that a recording holds; a key that is not understood counts as unequal.
+
+    Run under ``jax.default_matmul_precision("highest")``.
+
+    Args:
+        denoiser: float32.
+        theta: its parameters, of plain arrays or with adapters.
+        golden: the recording.
+        tolerance: largest absolute error, of everything but choices of experts, which are exact.
+
+    Raises:
+        ValueError: there is no ``input_ids``.
+    """
+    if "input_ids" not in golden:
+        raise ValueError("the recording has no input_ids")
+    replay = _Replay(denoiser, theta, golden)
+    return [_compare(replay, key, tolerance) for key in golden if not _INPUT.match(key)]
+
+
+def _compare(replay: "_Replay", key: str, tolerance: float) -> Compared:
+    recorded = np.asarray(replay.golden[key])
+    if key in _UNUSED:
+        return Compared(key, 0.0, None, "not used by the model")
+    if key == "mask_token_id":
+        mask = replay.denoiser.config.mask_token_id
+        note = "config.json names none" if mask is None else ""
+        return Compared(key, float(mask not in (None, int(recorded))), 0.0, note)
+    if key == _BFLOAT16:
+        return Compared(key, _error(recorded, replay.bfloat16()), None, "informative")
+    try:
+        ours, exact = replay.quantity(key)
+    except KeyError:
+        return Compared(key, float("nan"), tolerance, "unknown quantity or case")
+    if exact:
+        ours, recorded = np.sort(ours, -1), np.sort(recorded, -1)
+        wrong = np.any(ours != recorded, axis=-1) if ours.shape == recorded.shape else np.ones(1)
+        return Compared(key, float(np.sum(wrong)), 0.0)
+    return Compared(key, _error(recorded, ours), tolerance)
+
+
+def _error(recorded: np.ndarray, ours: Any) -> float:
+    ours = np.asarray(ours)
+    if recorded.shape != ours.shape:
+        return float("nan")
+    return float(np.max(np.abs(recorded - ours), initial=0))
+
+
+class _Replay:
+    """Our side of a recording, each case computed once."""
+
+    def __init__(self, denoiser: Transformer, theta: Theta, golden: Mapping[str, np.ndarray]):
+        self.denoiser, self.theta, self.golden = denoiser, theta, golden
+        self._tokens = jnp.asarray(golden["input_ids"], jnp.int32)
+        self._seen = functools.cache(self._inspect)
+
+    def quantity(self, key: str) -> tuple[np.ndarray, bool]:
+        """Our value of a recorded key, and whether it must be equal exactly.
+
+        Raises:
+            KeyError: the key is not understood.
+        """
+        for name, of in _QUANTITIES.items():
+            if key == name or key.startswith(f"{name}_"):
+                case = key.removeprefix(name).removeprefix("_")
+                layer = re.fullmatch(r"layer(\d+)", case)
+                if layer and name in _ROUTERS:
+                    return self._router(name, "", int(layer[1]))
+                if name in _ROUTERS:
+                    return self._router(name, case, None)
+                return np.asarray(of(self, case)), False
+        raise KeyError(key)
+
+    def _router(self, name: str, case: str, layer: int | None) -> tuple[np.ndarray, bool]:
+        """Router tensors of one layer, or of all; experts in the order of their number."""
+        routers = self._seen(case)["router"]
+        chosen = [routers[layer]] if layer is not None else list(routers.values())
+        if not chosen:
+            raise KeyError(name)
+        part = {"router_logits": "logits", "topk_idx": "index", "topk_weight": "weights"}[name]
+        value = np.stack([self._ordered(name, router, part) for router in chosen])
+        return (value[0] if layer is not None else value), name == "topk_idx"
+
+    def _ordered(self, name: str, router: Mapping[str, jax.Array], part: str) -> np.ndarray:
+        if name != "topk_weight":
+            return np.asarray(router[part])
+        # Recordings keep the weights beside the experts in one of two orders.
+        index = np.asarray(router["index"])
+        recorded = [np.asarray(v) for k, v in self.golden.items() if k.startswith("topk_idx")]
+        by_number = all(np.all(np.diff(idx, axis=-1) > 0) for idx in recorded)
+        order = (
+            np.argsort(index, -1)
+            if by_number
+            else np.broadcast_to(np.arange(index.shape[-1]), index.shape)
+        )
+        return np.take_along_axis(np.asarray(router[part]), order, -1)
+
+    def where(self, case: str) -> tuple[jax.Array | None, jax.Array | None]:
+        """Mask and position ids of a case.
+
+        Raises:
+            KeyError: there is no such case.
+        """
+        positions = self.golden.get(f"positions_{case}" if case else "positions")
+        mask = self._mask(case)
+        if case and mask is None and positions is None:
+            raise KeyError(case)
+        if positions is None:
+            positions = self.golden.get("positions")
+        return mask, None if positions is None else jnp.asarray(positions, jnp.int32)
+
+    def _mask(self, case: str) -> jax.Array | None:
+        keys = self.golden.get(f"attention_mask_{case}" if case else "attention_mask")
+        if keys is not None:
+            seen = jnp.asarray(keys) > 0
+            # Dream's code lets padding see nothing; the others only hide it from being seen.
+            shut = isinstance(self.denoiser, Dream)
+            return seen[:, :, None] & seen[:, None, :] if shut else seen
+        bias = case.startswith("bias01_")
+        attend = self.golden.get(f"attend_{case.removeprefix('bias01_')}")
+        if attend is None:
+            return None
+        mask = jnp.asarray(attend)
+        mask = jnp.broadcast_to(mask, (self._tokens.shape[0], *mask.shape[-2:]))
+        return mask.astype(jnp.float32) if bias else mask
+
+    def _inspect(self, case: str) -> dict[str, Any]:
+        attend, positions = self.where(case)
+        return jax.jit(self.denoiser.inspect)(self.theta, self._tokens, attend, positions)
+
+    def hidden(self, case: str) -> jax.Array:
+        """Embeddings and outputs of every layer, [n + 1, b, l, d]."""
+        return self._seen(case)["hidden"]
+
+    def part(self, name: str, case: str) -> jax.Array:
+        """What every layer adds to the residual stream, [n, b, l, d]."""
+        return self._seen(case)[name]
+
+    def final_norm(self, case: str) -> jax.Array:
+        """Normed output of the last layer, [b, l, d]."""
+        return self.denoiser.normalise(self.theta, self.hidden(case)[-1])
+
+    def logits(self, case: str, shifted: bool) -> jax.Array:
+        """Logits by way of trunk, head and readout, [b, l, v]; raw or for the token itself."""
+        denoiser = self.denoiser
+        if isinstance(denoiser, Dream):
+            denoiser = denoiser.with_config(shift=shifted)
+        return self._logits(denoiser, case)
+
+    def bfloat16(self) -> jax.Array:
+        """Logits of the first case with activations in bfloat16."""
+        narrow = self.denoiser.with_config(dtype="bfloat16")
+        if isinstance(narrow, Dream):
+            narrow = narrow.with_config(shift=False)
+        return self._logits(narrow, "")
+
+    def _logits(self, denoiser: Transformer, case: str) -> jax.Array:
+        split = denoiser.num_layers - 1
+        attend, positions = self.where(case)
+
+        @jax.jit
+        def run(theta):
+            hidden = denoiser.trunk(theta, self._tokens, attend, positions, split=split)
+            last = denoiser.head(theta, None, hidden, attend, positions, split=split)
+            return denoiser.readout(theta, last)
+
+        return run(self.theta)
+
+
+_ROUTERS = ("router_logits", "topk_idx", "topk_weight")
+
+# Longer names first: ``logits_shifted`` is no case of ``logits``.
+_QUANTITIES: dict[str, Callable[[_Replay, str], Any]] = {
+    "logits_shifted": lambda replay, case: replay.logits(case, shifted=True),
+    "logits": lambda replay, case: replay.logits(case, shifted=False),
+    "hidden": lambda replay, case: replay.hidden(case),
+    "final_norm": lambda replay, case: replay.final_norm(case),
+    "attn_out": lambda replay, case: replay.part("attention", case),
+    "mlp_out": lambda replay, case: replay.part("feed_forward", case),
+    **dict.fromkeys(_ROUTERS, lambda replay, case: None),
+}
+
+
+def worst(found: list[Compared]) -> Iterator[tuple[str, Compared]]:
+    """Pairs of quantity and its worst comparison over all cases, unequal ones first."""
+    by_quantity: dict[str, Compared] = {}
+    for compared in found:
+        quantity = next((q for q in _QUANTITIES if compared.name.startswith(q)), compared.name)
+        quantity = compared.name if compared.tolerance is None else quantity
+        kept = by_quantity.get(quantity)
+        if kept is None or (not compared.equal, compared.error) > (not kept.equal, kept.error):
+            by_quantity[quantity] = compared
+    yield from by_quantity.items()

@@ -1,0 +1,309 @@
+"""The pre-norm transformer that all backbones are instances of, as pure functions of theta."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memdlm_jax.models.attention import Attention, block_causal
+from memdlm_jax.models.config import Run, TransformerConfig, runs_of
+from memdlm_jax.models.layers import RMSNorm, SwiGLU
+from memdlm_jax.models.moe import Mixture
+from memdlm_jax.typing import Hidden, Key, Phi, Theta, Tokens, merged
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then feed-forward. Returns a pair, as ``nn.scan`` asks."""
+
+    config: TransformerConfig
+    mixture: bool
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, position_ids: jax.Array
+    ) -> tuple[jax.Array, None]:
+        """Map [b, l, d] to ([b, l, d], None)."""
+        c = self.config
+        dtype = jnp.dtype(c.param_dtype)
+        init = nn.initializers.normal(c.width**-0.5)
+        output_init = nn.initializers.normal((2 * c.num_layers * c.width) ** -0.5)
+        inits = init, output_init, dtype
+        attention = Attention(c.attention(), *inits, name="attention")
+        mixed = attention(
+            RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x), mask, position_ids
+        )
+        x = x + mixed
+        parts = c.mixture() if self.mixture else None
+        mlp: nn.Module
+        if parts is None:
+            mlp = SwiGLU(c.hidden_features, *inits, name="mlp")
+        else:
+            mlp = Mixture(parts, *inits, name="mlp")
+        fed = mlp(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
+        x = x + fed
+        for name, value in (("attention", mixed), ("feed_forward", fed), ("hidden", x)):
+            self.sow("intermediates", f"sown_{name}", value)
+        return x, None
+
+
+def _grouped_products(primitive, *_, **__) -> bool:
+    return primitive.name == "grouped_matmul"
+
+
+# Keeps the products with weights, not the scores of attention, which are far larger.
+_SAVE_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _grouped_products
+)
+
+
+def _stack(config: TransformerConfig, run: Run, length: int) -> nn.Module:
+    """``length`` blocks of a run under one scan: compile time does not grow with depth."""
+    block = Block
+    if config.remat != "none":
+        policy = _SAVE_PRODUCTS if config.remat == "dots" else None
+        block = nn.remat(Block, prevent_cse=False, policy=policy)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "fast": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=length,
+    )(config, run.mixture)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A backbone as pure functions of theta; answers the ``Denoiser`` protocol.
+
+    Theta is ``{"embedding": [v, d], "layers": stacked, "final_norm": ..., "unembedding": [d, v]}``
+    (no ``unembedding`` when tied); every leaf of ``layers`` has a leading axis of ``num_layers``.
+    Layers of two kinds stand in several stacks, see ``runs_of``. Fast weights mirror ``layers``
+    for the head's layers only, or hold one such tree under the name of each stack.
+    """
+
+    config: TransformerConfig
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer layers."""
+        return self.config.num_layers
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        if self.config.mask_token_id is None:
+            raise ValueError(
+                "mask_token_id=None: the model's config names no mask token, and no tokenizer "
+                "beside it did; give mask_token_id"
+            )
+        return self.config.mask_token_id
+
+    def with_config(self, **changes: Any) -> Self:
+        """Return this model with some fields of its config changed."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
+    def init(self, key: Key) -> Theta:
+        """Draw fresh parameters: normal, standard deviation 1/sqrt(d), depth-scaled outputs."""
+        c = self.config
+        dtype, runs = jnp.dtype(c.param_dtype), runs_of(c)
+        embed_key, layer_key, out_key = jax.random.split(key, 3)
+        keys = jax.random.split(layer_key, len(runs)) if len(runs) > 1 else [layer_key]
+        x, positions = jnp.zeros((1, 2, c.width), jnp.dtype(c.dtype)), jnp.arange(2)[None]
+        normal = nn.initializers.normal(c.width**-0.5)
+        theta: dict[str, Any] = {"embedding": normal(embed_key, (c.vocab_size, c.width), dtype)}
+        for run, run_key in zip(runs, keys, strict=True):
+            stack = _stack(c, run, run.length)
+            theta[run.name] = stack.init({"params": run_key}, x, None, positions)["params"]
+        theta["final_norm"] = {"scale": jnp.ones((c.width,), dtype)}
+        if not c.tied:
+            theta["unembedding"] = normal(out_key, (c.width, c.vocab_size), dtype)
+        return theta
+
+    def trunk(
+        self,
+        theta: Theta,
+        tokens: Tokens,
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        *,
+        split: int,
+    ) -> Hidden:
+        """Embed ``tokens`` and run layers ``0 .. split - 1``; [b, l] int32 -> [b, l, d]."""
+        theta = merged(theta)
+        hidden = theta["embedding"][tokens].astype(self.config.dtype)
+        hidden = self._run(theta, None, hidden, attend, position_ids, 0, split)
+        # A model without a head layer ends here.
+        return self._finish(hidden) if split == self.num_layers else hidden
+
+    def head(
+        self,
+        theta: Theta,
+        phi: Phi,
+        hidden: Hidden,
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        *,
+        split: int,
+    ) -> Hidden:
+        """Run layers ``split .. num_layers - 1`` with fast weights ``phi`` (or ``None``)."""
+        n = self.num_layers
+        if split == n:
+            return hidden
+        return self._finish(self._run(merged(theta), phi, hidden, attend, position_ids, split, n))
+
+    def normalise(self, theta: Theta, last_hidden: Hidden) -> Hidden:
+        """Apply the final norm, [b, c, d] -> [b, c, d]."""
+        norm = RMSNorm(self.config.norm_epsilon, jnp.dtype(self.config.param_dtype))
+        normalised: Any = norm.apply({"params": merged(theta)["final_norm"]}, last_hidden)
+        return normalised
+
+    def unembedding(self, theta: Theta) -> jax.Array:
+        """Return the output matrix, [d, v]."""
+        theta = merged(theta)
+        return theta["embedding"].T if self.config.tied else theta["unembedding"]
+
+    def readout(self, theta: Theta, last_hidden: Hidden) -> jax.Array:
+        """Logits at the given positions, [b, c, d] -> [b, c, v], float32 or wider."""
+        hidden = self.normalise(theta, last_hidden)
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        kernel = self.unembedding(theta).astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=wide)
+
+    def adaptable(self, split: int = 0) -> Mapping[str, tuple[int, ...]]:
+        """Matrices of the head that can carry fast weights: path -> (layers, ..., in, out).
+
+        Experts have an axis of their own before ``in``. Routers are left out, as the public code
+        does. Where layers are of two kinds, a path begins with the name of the stack.
+        """
+        runs = runs_of(self.config)
+        shapes = {}
+        for run in runs:
+            layers = run.first + run.length - max(split, run.first)
+            prefix = f"{run.name}/" if len(runs) > 1 else ""
+            if layers > 0:
+                for path, shape in _matrices(self.config, run.mixture):
+                    shapes[prefix + path] = (layers, *shape)
+        return shapes
+
+    def inspect(
+        self,
+        theta: Theta,
+        tokens: Tokens,
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+    ) -> dict[str, Any]:
+        """What every layer computes on the way, for comparing with other implementations.
+
+        Returns:
+            ``hidden``: [n + 1, b, l, d], embeddings and every layer's output; ``attention`` and
+            ``feed_forward``: [n, b, l, d], what is added to the residual stream; ``router``:
+            layer -> {``logits`` [b, l, e], ``index`` [b, l, k], ``weights`` [b, l, k]} of the
+            layers that have one.
+        """
+        plain, theta = self.with_config(remat="none"), merged(theta)
+        found: dict[str, Any] = {}
+        hidden = theta["embedding"][tokens].astype(self.config.dtype)
+        plain._run(theta, None, hidden, attend, position_ids, 0, self.num_layers, found)
+        runs = [found[run.name] for run in runs_of(self.config)]
+        joined: dict[str, Any] = {
+            name: jnp.concatenate([run[f"sown_{name}"][0] for run in runs])
+            for name in ("attention", "feed_forward", "hidden")
+        }
+        joined["hidden"] = jnp.concatenate([hidden[None], joined["hidden"]])
+        joined["router"] = dict(_routers(runs_of(self.config), found, tokens.shape))
+        return joined
+
+    def _run(
+        self, theta, phi, hidden, attend, position_ids, start: int, stop: int, found=None
+    ) -> Hidden:
+        """Run layers ``start .. stop - 1``; collect what they sow in ``found`` if given."""
+        runs = runs_of(self.config)
+        mask, positions = self._mask(hidden, attend), _positions(hidden, position_ids)
+        for run in runs:
+            first, last = max(start - run.first, 0), min(stop - run.first, run.length)
+            if first >= last:
+                continue
+            layers = jax.tree.map(lambda leaf, a=first, b=last: leaf[a:b], theta[run.name])
+            fast = phi if phi is None or len(runs) == 1 else phi.get(run.name)
+            variables = {"params": layers} if fast is None else {"params": layers, "fast": fast}
+            # What the stack really holds: a shortened one runs as a shorter model.
+            stack = _stack(self.config, run, jax.tree.leaves(layers)[0].shape[0])
+            if found is None:
+                hidden = stack.apply(variables, hidden, mask, positions)[0]
+                continue
+            (hidden, _), sown = stack.apply(
+                variables, hidden, mask, positions, mutable=["intermediates"]
+            )
+            found[run.name] = sown["intermediates"]
+        return hidden
+
+    def _mask(self, hidden: Hidden, attend: jax.Array | None) -> jax.Array | None:
+        """Who sees whom, as ``attention.attend`` takes it."""
+        if not self.config.attention_block:
+            return attend
+        causal = jnp.asarray(block_causal(hidden.shape[1], self.config.attention_block))[None]
+        if attend is None:
+            return causal
+        if attend.dtype != bool:
+            raise TypeError(
+                f"attend is {attend.dtype}: with attention_block={self.config.attention_block} it "
+                "must be bool"
+            )
+        return causal & (attend if attend.ndim == 3 else attend[:, None, :])
+
+    def _finish(self, hidden: Hidden) -> Hidden:
+        """Let position i hold what predicts token i; the first keeps its own (Dream)."""
+        if not self.config.right_shift:
+            return hidden
+        return jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
+
+
+def _matrices(config: TransformerConfig, mixture: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Paths and shapes of the matrices of one layer that can carry fast weights."""
+    attention = config.attention()
+    for name, features in attention.features().items():
+        yield f"attention/{name}", (config.width, features)
+    yield "attention/o_proj", (attention.num_heads * attention.head_dim, config.width)
+    parts = config.mixture() if mixture else None
+    if parts is None:
+        yield from _swiglu("mlp", config.width, config.hidden_features)
+        return
+    yield from _swiglu("mlp/experts", config.width, parts.features, parts.num_experts)
+    if parts.shared_features:
+        yield from _swiglu("mlp/shared_experts", config.width, parts.shared_features)
+
+
+def _swiglu(path: str, width: int, features: int, *experts: int):
+    yield f"{path}/gate_proj", (*experts, width, features)
+    yield f"{path}/up_proj", (*experts, width, features)
+    yield f"{path}/down_proj", (*experts, features, width)
+
+
+def _routers(runs: list[Run], found: dict, shape: tuple[int, ...]):
+    """Pairs of layer number and what its router sowed, with rows and tokens apart."""
+    for run in runs:
+        if not run.mixture:
+            continue
+        sown = found[run.name]["mlp"]["router"]
+        for i in range(run.length):
+            yield (
+                run.first + i,
+                {
+                    name: sown[f"router_{name}"][0][i].reshape(*shape, -1)
+                    for name in ("logits", "index", "weights")
+                },
+            )
+
+
+def _positions(hidden: jax.Array, position_ids: jax.Array | None) -> jax.Array:
+    """The given position ids, or 0 .. l-1 for every row."""
+    if position_ids is not None:
+        return position_ids
+    return jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
