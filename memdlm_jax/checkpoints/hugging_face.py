@@ -179,7 +179,9 @@ class _Loading:
         leaf = self._leaves[path]
         start = _start(shape, entry, first)
         if not isinstance(leaf, np.ndarray):
-            self._leaves[path] = self._writer(path, entry.transposed)(leaf, piece, start)
+            leaf = self._writer(path, entry.transposed)(leaf, piece, start)
+            # Else pieces would be read faster than they are written, and wait on the host.
+            self._leaves[path] = jax.block_until_ready(leaf)
             return
         piece = np.swapaxes(piece, -1, -2) if entry.transposed else piece
         whole = (*(1,) * len(entry.place), *piece.shape)
@@ -217,11 +219,18 @@ class _Loading:
             missing = len(self._shapes[path]) - piece.ndim
             made = self._changed(path, piece.reshape((*(1,) * missing, *piece.shape)))
             # A stand-in's leaves have their own sizes along ``in``, which is never cut.
-            return jax.tree.map(
-                lambda old, new: jax.lax.dynamic_update_slice(old, new, start), leaf, made
-            )
+            return jax.tree.map(lambda old, new: _written(old, new, start), leaf, made)
 
         return jax.jit(write, donate_argnums=0, out_shardings=self._where(path))
+
+
+def _written(leaf: jax.Array, piece: jax.Array, start) -> jax.Array:
+    """The leaf with a piece in it; as bits, since XLA's CPU widens whole bfloat16 operands."""
+    if leaf.dtype.itemsize != 2:
+        return jax.lax.dynamic_update_slice(leaf, piece, start)
+    bits, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (leaf, piece))
+    written = jax.lax.dynamic_update_slice(bits, new, start)
+    return jax.lax.bitcast_convert_type(written, leaf.dtype)
 
 
 def _start(shape: tuple[int, ...], entry: Entry, first: int) -> tuple[int, ...]:

@@ -6,12 +6,11 @@ can hit more than what was trained: the head of dense LLaDA ends in ``ff_out`` l
 feed-forward maps below it.
 """
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,16 +36,14 @@ _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.wei
 _IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    "task_type", "use_rslora",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "use_rslora",
 }  # fmt: skip
 # These take what the adapter starts with out of the base, which would have to be changed too.
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 _WRITTEN = {
-    "auto_mapping": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-    "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
-    "modules_to_save": None, "peft_type": "LORA", "revision": None, "task_type": None,
-    "use_dora": False,
+    "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+    "modules_to_save": None, "peft_type": "LORA", "task_type": None, "use_dora": False,
 }  # fmt: skip
 
 
@@ -59,20 +56,16 @@ def _is_alpha(value: Any) -> bool:
 
 
 def _is_pattern(value: Any, is_right: Callable[[Any], bool]) -> bool:
-    if not isinstance(value, dict):
-        return value is None
-    try:
-        return all(re.compile(name) and is_right(number) for name, number in value.items())
-    except re.error:
-        return False
+    return value is None or (isinstance(value, dict) and all(map(is_right, value.values())))
 
 
-_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_CHECKED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "an integer above 0"),
     "lora_alpha": (_is_alpha, "a number above 0"),
     "lora_dropout": (lambda p: type(p) in (int, float) and 0 <= p < 1, "a number in [0, 1)"),
-    "rank_pattern": (lambda p: _is_pattern(p, _is_rank), "regular expressions: integers above 0"),
-    "alpha_pattern": (lambda p: _is_pattern(p, _is_alpha), "regular expressions: numbers above 0"),
+    "rank_pattern": (lambda p: _is_pattern(p, _is_rank), "a map to integers above 0"),
+    "alpha_pattern": (lambda p: _is_pattern(p, _is_alpha), "a map to numbers above 0"),
+    "target_modules": (lambda t: t is None or isinstance(t, str | list), "a list of names"),
 }
 
 
@@ -109,12 +102,14 @@ def load(folder: str | Path, denoiser: Transformer, theta: Theta) -> tuple[Theta
             without their partner, scales that differ within a stack (all are listed).
     """
     folder = Path(folder)
-    settings, found = _settings(folder), weights.contents([_file(folder, WEIGHTS)])
+    settings = read_json(_file(folder, CONFIG))
+    found = weights.contents([_file(folder, WEIGHTS)])
     flat = dict(flax.traverse_util.flatten_dict(merged(theta), sep="/"))
-    problems = [*_unsupported(settings), *_unmatched(denoiser, found)]
+    modules = _weight_entries(denoiser)
+    problems = [*_unsupported(settings), *_unmatched(denoiser, modules, found)]
     malformed = list(_malformed(settings))
     # Without these numbers, shapes and scales cannot be judged.
-    stacks = {} if malformed else _stacks(denoiser, found, settings)
+    stacks = {} if malformed else _stacks(modules, found, settings)
     _refuse(folder, [*problems, *malformed, *_misfits(stacks, flat)])
     config = _config(settings)
     for path, stack in stacks.items():
@@ -128,14 +123,13 @@ def config_of(folder: str | Path) -> LoraConfig:
     """Settings of a saved adapter, without its weights.
 
     Returns:
-        Rank, alpha, dropout and scaling; ``target_modules`` as published, which are not the names
-        of ours (``load`` returns those).
+        As from ``load``, but ``target_modules`` are the published names, or ends of these.
 
     Raises:
         FileNotFoundError: there is no ``adapter_config.json``.
         ValueError: settings that we do not compute, or malformed ones (all are listed).
     """
-    settings = _settings(Path(folder))
+    settings = read_json(_file(Path(folder), CONFIG))
     _refuse(Path(folder), [*_unsupported(settings), *_malformed(settings)])
     return _config(settings)
 
@@ -147,7 +141,7 @@ def base_of(folder: str | Path) -> str:
         FileNotFoundError: there is no ``adapter_config.json``.
         ValueError: it names no model.
     """
-    name = _settings(Path(folder)).get("base_model_name_or_path")
+    name = read_json(_file(Path(folder), CONFIG)).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ValueError(f"{folder}: base_model_name_or_path={name!r} must name the model below")
     return name
@@ -163,13 +157,9 @@ def _file(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    return read_json(_file(folder, CONFIG))
-
-
 def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
-        raise ValueError(f"{folder} is no adapter for this model:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{folder} is not an adapter to load:\n  " + "\n  ".join(problems))
 
 
 def _unsupported(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -177,34 +167,31 @@ def _unsupported(settings: Mapping[str, Any]) -> Iterator[str]:
 
     That goes for those we do not know, too, if they are set: later versions add some.
     """
-    for name, right in (("peft_type", "LORA"), ("bias", "none")):
-        if settings.get(name, right) != right:
-            yield f"{name}={settings[name]!r} is unsupported, must be {right!r}"
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         yield f"init_lora_weights={start!r} is unsupported: it changes the base"
-    known = {*_NUMBERS, *_IGNORED, "peft_type", "bias", "init_lora_weights"}
+    rights = {"peft_type": "LORA", "bias": "none"}
+    known = {*_CHECKED, *_IGNORED, "init_lora_weights"}
     for name, value in settings.items():
-        if name not in known and value:
-            yield f"{name}={value!r} is unsupported, must be off"
+        if name not in known and value and value != rights.get(name):
+            yield f"{name}={value!r} is unsupported, must be {rights.get(name, 'off')}"
 
 
 def _malformed(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers that are missing, or are none."""
-    for name, (is_right, right) in _NUMBERS.items():
+    """Fields that are missing or of the wrong kind."""
+    for name, (is_right, right) in _CHECKED.items():
         if not is_right(settings.get(name)):
             yield f"{name}={settings.get(name)!r} must be {right}"
 
 
 def _config(settings: Mapping[str, Any]) -> LoraConfig:
     hit = settings.get("target_modules") or LoraConfig.target_modules
-    names = (hit,) if isinstance(hit, str) else tuple(sorted(map(str, hit)))
     return LoraConfig(
         rank=settings["r"],
         alpha=float(settings["lora_alpha"]),
         dropout=float(settings["lora_dropout"]),
         use_rslora=bool(settings.get("use_rslora", False)),
-        target_modules=names,
+        target_modules=(hit,) if isinstance(hit, str) else tuple(sorted(map(str, hit))),
     )
 
 
@@ -224,9 +211,10 @@ def _why_not(denoiser: Transformer, entry: Entry) -> str:
     return ""
 
 
-def _unmatched(denoiser: Transformer, found: Mapping[str, Stored]) -> Iterator[str]:
+def _unmatched(
+    denoiser: Transformer, modules: Mapping[str, Entry], found: Mapping[str, Stored]
+) -> Iterator[str]:
     """Tensors that mean nothing to us, and those without their partner."""
-    modules = _weight_entries(denoiser)
     if not found:
         yield f"{WEIGHTS} holds no tensors"
     for key, stored in found.items():
@@ -250,20 +238,20 @@ def _key(module: str, side: str) -> str:
 
 
 def _stacks(
-    denoiser: Transformer, found: Mapping[str, Stored], settings: Mapping[str, Any]
+    modules: Mapping[str, Entry], found: Mapping[str, Stored], settings: Mapping[str, Any]
 ) -> dict[str, list[_Pair]]:
     """Path of a kernel -> what there is for its layers and experts."""
-    config, stacks = _config(settings), defaultdict(list)
+    config, stacks = _config(settings), {}  # type: LoraConfig, dict[str, list[_Pair]]
     ranks, alphas = (settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
-    for module, entry in _weight_entries(denoiser).items():
+    for module, entry in modules.items():
         a, b = found.get(_key(module, "A")), found.get(_key(module, "B"))
-        if a is None or b is None or _why_not(denoiser, entry):
+        if a is None or b is None or not entry.path.endswith("/kernel"):
             continue
         rank = _by_pattern(ranks, module, config.rank)
         alpha = float(_by_pattern(alphas, module, config.alpha))
         scale = dataclasses.replace(config, rank=rank, alpha=alpha).scale
-        stacks[entry.path].append(_Pair(entry, a, b, rank, scale))
-    return dict(stacks)
+        stacks.setdefault(entry.path, []).append(_Pair(entry, a, b, rank, scale))
+    return stacks
 
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -277,14 +265,13 @@ def _misfits(stacks: Mapping[str, list[_Pair]], flat: Mapping[str, Any]) -> Iter
     for path, stack in stacks.items():
         if isinstance(flat[path], Adapted):
             yield f"theta/{path} carries an adapter already: merge it first"
+            continue
         rows, columns = flat[path].shape[-2:]
         for pair in stack:
-            module = pair.entry.name.removesuffix(".weight")
-            sides = ("A", pair.a, (pair.rank, rows)), ("B", pair.b, (columns, pair.rank))
-            for side, stored, shape in sides:
-                if stored.shape != shape:
-                    has = f"has shape {list(stored.shape)}, expected {list(shape)}"
-                    yield f"{_key(module, side)} {has}"
+            where, rank = pair.entry.name.removesuffix(".weight"), pair.rank
+            for side, has, right in (("A", pair.a, (rank, rows)), ("B", pair.b, (columns, rank))):
+                if has.shape != right:
+                    yield f"{_key(where, side)} has shape {has.shape}, expected {right}"
         scales = sorted({pair.scale for pair in stack})
         if not math.isclose(scales[0], scales[-1], rel_tol=1e-9):
             yield f"theta/{path} would need the scales {scales}: one for a stack is supported"
@@ -311,9 +298,8 @@ def save(
 ) -> None:
     """Write the adapters of theta as PEFT does; it loads the folder without help of ours.
 
-    One pair of float32 matrices per published module: of each layer and each expert. Modules and
-    trailing components that are zero in both matrices, as ``load`` fills them in, are left out.
-    Files appear whole or not at all.
+    One pair of float32 matrices per published module: of each layer and each expert. What ``load``
+    filled up with zeros in both matrices is left out. Files appear whole or not at all.
 
     Args:
         folder: made if missing; an adapter in it is replaced.
@@ -334,68 +320,55 @@ def save(
         if reason := _why_not(denoiser, entry):
             raise ValueError(f"theta/{entry.path} carries an adapter, but {reason}")
     tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
     for path, kernel in adapted.items():
         places = {m: e.place for m, e in modules.items() if e.path == path}
-        for module, (a, b) in _published_pairs(kernel, places):
+        for module, a, b in _published(kernel, places):
             tensors[_key(module, "A")], tensors[_key(module, "B")] = a, b
-            ranks[module] = a.shape[0]
-    scales = {module: adapted[modules[module].path].scale for module in ranks}
+    ranks = {m: len(tensors[_key(m, "A")]) for m in modules if _key(m, "A") in tensors}
+    alphas = {m: _alpha(config, adapted[modules[m].path].scale, ranks[m]) for m in ranks}
+    alpha = _alpha(config, config.scale, config.rank)
     settings = _WRITTEN | {
+        "alpha_pattern": _pattern(alphas, alpha),
         "base_model_name_or_path": base_model or None,
+        "lora_alpha": alpha,
         "lora_dropout": config.dropout,
+        "r": config.rank,
+        "rank_pattern": _pattern(ranks, config.rank),
         "target_modules": _suffixes(ranks, _every_module(denoiser)),
         "use_rslora": config.use_rslora,
-        **_numbers(config, ranks, scales),
     }
-    _write(Path(folder), tensors, settings)
+    folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / CONFIG) as file, replacing(folder / WEIGHTS) as weights_file:
+        save_file(tensors, weights_file, metadata={"format": "pt"})
+        file.write_text(text, encoding="utf-8")
 
 
-def _published_pairs(
-    kernel: Adapted, places: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """Pairs of a published module and its (A [r, in], B [out, r]), on the host."""
+def _published(kernel: Adapted, places: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Triples of a published module, its A [r, in] and its B [out, r], on the host."""
     a, b = np.asarray(kernel.A, np.float32), np.asarray(kernel.B, np.float32)
     ranks = _used_ranks(a, b)
     for module, place in places.items():
-        rank = int(ranks[place])
-        if rank:
+        if rank := int(ranks[place]):
             down, up = a[place][:, :rank].T, b[place][:rank].T
-            yield module, (np.ascontiguousarray(down), np.ascontiguousarray(up))
+            yield module, np.ascontiguousarray(down), np.ascontiguousarray(up)
 
 
 def _used_ranks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How many leading components of each matrix of a stack are not zero in both A and B.
-
-    If no matrix uses all of them they were not filled in by ``load``, and all count as used.
-    """
+    """How many leading components of each matrix of a stack are not zero in both A and B."""
     total = a.shape[-1]
+    # Unless a matrix uses all of them, it was not ``load`` that filled them in.
     used = np.where(a.any(-2) | b.any(-1), np.arange(1, total + 1), 0).max(-1)
     return used if used.max() == total else np.full_like(used, total)
-
-
-def _numbers(
-    config: LoraConfig, ranks: Mapping[str, int], scales: Mapping[str, float]
-) -> dict[str, Any]:
-    """Rank and alpha, and the modules that have others."""
-    alphas = {module: _alpha(config, scales[module], ranks[module]) for module in ranks}
-    default = _alpha(config, config.scale, config.rank)
-    return {
-        "r": config.rank,
-        "lora_alpha": default,
-        "rank_pattern": _pattern(ranks, config.rank),
-        "alpha_pattern": _pattern(alphas, default),
-    }
 
 
 def _alpha(config: LoraConfig, scale: float, rank: int) -> int | float:
     """The alpha that gives a scale; a whole number as an integer, as PEFT has it."""
     alpha = scale * (math.sqrt(rank) if config.use_rslora else rank)
-    if math.isclose(alpha, config.alpha, rel_tol=1e-12):
-        alpha = config.alpha
-    # The alpha that once was divided by sqrt(r) comes back without the errors of rounding.
-    shorter = float(f"{alpha:.12g}")
-    return int(shorter) if shorter.is_integer() else alpha
+    # An alpha that was divided by r before comes back without the error of rounding.
+    same = math.isclose(alpha, config.alpha, rel_tol=1e-12)
+    alpha = float(config.alpha if same else f"{alpha:.12g}")
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -409,11 +382,9 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 def _every_module(denoiser: Transformer) -> set[str]:
     """Names of all published modules, those that hold others too."""
-    names: set[str] = set()
-    for entry in families.entries(families.family_for(denoiser), denoiser):
-        parts = entry.name.split(".")
-        names |= {".".join(parts[:i]) for i in range(1, len(parts))}
-    return names
+    entries = families.entries(families.family_for(denoiser), denoiser)
+    parts = (entry.name.split(".")[:-1] for entry in entries)
+    return {name for path in parts for name in itertools.accumulate(path, "{}.{}".format)}
 
 
 def _suffixes(wanted: Iterable[str], every: Iterable[str]) -> list[str]:
@@ -427,16 +398,5 @@ def _suffixes(wanted: Iterable[str], every: Iterable[str]) -> list[str]:
 
 def _ends(name: str) -> Iterator[str]:
     """``c``, ``b.c``, ``a.b.c``."""
-    parts = name.split(".")
-    return (".".join(parts[-i:]) for i in range(1, len(parts) + 1))
-
-
-def _write(folder: Path, tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
-    """Write both files under other names first, then let them take their places."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        config = stack.enter_context(replacing(folder / CONFIG))
-        save_file(
-            tensors, stack.enter_context(replacing(folder / WEIGHTS)), metadata={"format": "pt"}
-        )
-        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    parts = reversed(name.split("."))
+    return itertools.accumulate(parts, lambda end, part: f"{part}.{end}")

@@ -5,7 +5,8 @@ A recording is a ``golden.npz``. Inputs: ``input_ids`` [b, l], and per case ``po
 under a case: ``logits``, ``logits_shifted``, ``hidden`` (embeddings and every layer),
 ``final_norm``, ``attn_out``, ``mlp_out``, and of routers ``router_logits``, ``topk_idx``,
 ``topk_weight``, for all layers or ``..._layerN`` of one. A case ``bias01_CASE`` adds
-``attend_CASE`` as 0 and 1 to the scores. ``logits_bf16_compute`` is informative: bfloat16 moves tokens to other experts.
+``attend_CASE`` as 0 and 1 to the scores. ``logits_bf16_compute`` is informative: bfloat16 moves
+tokens to other experts.
 """
 
 import dataclasses
