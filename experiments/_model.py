@@ -11,7 +11,7 @@ from ml_collections import config_dict
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.models.lora import LoraConfig
-from memdlm_jax.models.quantize import quantize
+from memdlm_jax.models.quantize import quantize, quantized_tree
 from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.typing import Theta
 
@@ -57,6 +57,13 @@ def load(
 
 def _narrow(path: str, matrices, *, kind, block: int):
     return matrices if "/router/" in path else quantize(matrices, kind, block)
+
+
+def narrow(theta: Theta, kind: Literal["int8", "nf4"], block: int = 64) -> Theta:
+    """Theta with the layers' matrices as codes, as ``load`` holds a narrow base."""
+    return quantized_tree(
+        theta, kind, lambda p: p.endswith("/kernel") and "/router/" not in p, block
+    )
 
 
 def lora_defaults() -> config_dict.ConfigDict:

@@ -32,7 +32,7 @@ from memdlm_jax.models import lora
 from memdlm_jax.models.config import Remat
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.transformer import Transformer
-from memdlm_jax.training import loop
+from memdlm_jax.training import fit, loop
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import Result, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
@@ -129,6 +129,11 @@ def finetune(config: FinetuneConfig) -> Result:
     trained, frozen = theta, None
     if isinstance(theta, Partitioned):
         trained, frozen = theta.trainable, theta.frozen
+    rows = config.pipeline.rows_per_batch // jax.local_device_count()
+    need = fit.needed(
+        denoiser, trained, frozen, memory, max(1, rows // config.optimizer.accumulation)
+    )
+    fit.require(need, fit.device_bytes())
     state = states.create(learned.join(trained, inner), config.optimizer)
     result = loop.run(config.train, setup, state, train, validation, identity, frozen=frozen)
     if result.finished:

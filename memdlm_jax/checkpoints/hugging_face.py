@@ -98,11 +98,14 @@ def is_adapter(folder: str | Path) -> bool:
 def base_of(folder: str | Path, base: str | Path | None = None) -> Path:
     """The model folder under an adapter's: ``base``, or the one that the adapter names.
 
-    A relative name is looked for in the working directory, then beside the adapter's folder.
+    A relative name is looked for in the working directory, then in the adapter's folder. A folder
+    that holds no adapter is its own base.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
+    if not is_adapter(folder):
+        return Path(folder)
     name = Path(base or peft.base_of(folder))
     for found in (name, Path(folder) / name):
         if (found / "config.json").exists():
@@ -266,12 +269,7 @@ def save(
         ValueError: a leaf of theta is quantised or carries an adapter.
     """
     folder = Path(folder)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(theta, is_leaf=callable):
-        if callable(leaf):
-            raise ValueError(
-                f"theta/{_joined(path)} is {type(leaf).__name__}, must be an array: merge adapters "
-                "and dequantise before saving full weights"
-            )
+    require_arrays(theta)
     folder.mkdir(parents=True, exist_ok=True)
     kept = read_json(Path(like) / "config.json") if like else {}
     dtype = theta["embedding"].dtype.name
@@ -282,6 +280,16 @@ def save(
     family = families.family_for(denoiser)
     shards = _shards(list(families.entries(family, denoiser)), flat, shard_bytes)
     _write(folder, shards, flat, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def require_arrays(theta: Theta) -> None:
+    """Raise ValueError, naming it, if a leaf of theta is quantised or carries an adapter."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(theta, is_leaf=callable):
+        if callable(leaf):
+            raise ValueError(
+                f"theta/{_joined(path)} is {type(leaf).__name__}, must be an array: merge adapters "
+                "and dequantise before saving full weights"
+            )
 
 
 def _shards(
@@ -345,6 +353,16 @@ def _stale(folder: Path) -> set[str]:
     }
 
 
+def stored_dtype(folder: str | Path, base: str | Path | None = None) -> str:
+    """The dtype of a folder's weights, of an adapter's base; the widest if there are several.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights are missing or no safetensors.
+    """
+    found = weights.contents(weights.files(base_of(folder, base)))
+    return jnp.result_type(*{stored.numpy_dtype for stored in found.values()}).name
+
+
 def weights_digest(folder: str | Path) -> str:
     """Sha256 of the files that ``load`` reads theta from, for telling starting weights apart.
 
@@ -352,7 +370,10 @@ def weights_digest(folder: str | Path) -> str:
         FileNotFoundError: one of them is missing.
     """
     digest = hashlib.sha256()
-    for file in weights.files(Path(folder)):
+    files = weights.files(base_of(folder))
+    if is_adapter(folder):
+        files += [Path(folder) / name for name in (peft.CONFIG, peft.WEIGHTS)]
+    for file in files:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()

@@ -31,7 +31,7 @@ from memdlm_jax.typing import Theta, merged
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 # Where the tensors say which modules are meant, these change nothing.
 _IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
@@ -142,7 +142,7 @@ def base_of(folder: str | Path) -> str:
         ValueError: it names no model.
     """
     name = read_json(_file(Path(folder), CONFIG)).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
+    if not (name and isinstance(name, str)):
         raise ValueError(f"{folder}: base_model_name_or_path={name!r} must name the model below")
     return name
 
@@ -163,10 +163,7 @@ def _refuse(folder: Path, problems: list[str]) -> None:
 
 
 def _unsupported(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that change the computation in a way that we do not compute.
-
-    That goes for those we do not know, too, if they are set: later versions add some.
-    """
+    """Settings that we do not compute, and those set that we do not know: later ones may matter."""
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         yield f"init_lora_weights={start!r} is unsupported: it changes the base"
@@ -219,12 +216,11 @@ def _unmatched(
         yield f"{WEIGHTS} holds no tensors"
     for key, stored in found.items():
         match = _KEY.fullmatch(key)
-        if match is None or match["module"] not in modules:
+        if match is None or match[1] not in modules:
             yield f"unexpected {key}"
             continue
-        module, side = match["module"], match["side"]
-        reason = _why_not(denoiser, modules[module])
-        if reason:
+        module, side = match.groups()
+        if reason := _why_not(denoiser, modules[module]):
             yield f"{key}: {reason}"
         elif not stored.supported:
             yield f"{key} has dtype {stored.dtype}, expected F32, BF16 or F16"

@@ -39,6 +39,11 @@ class Stored:
         """Whether its dtype is one that we read: float32, bfloat16 or float16."""
         return self.dtype in _DTYPES
 
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """Its dtype; only of one that is supported."""
+        return np.dtype(_DTYPES[self.dtype])
+
     def pieces(self, largest: int) -> Iterator[tuple[int, np.ndarray]]:
         """The content in order, cut along the first axis.
 
@@ -48,7 +53,7 @@ class Stored:
         Yields:
             (first index, array) pairs.
         """
-        dtype = np.dtype(_DTYPES[self.dtype])
+        dtype = self.numpy_dtype
         length, *inner = self.shape or (1,)
         row = math.prod(inner) * dtype.itemsize
         step = max(1, min(length, largest // max(row, 1)))

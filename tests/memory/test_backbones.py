@@ -1,0 +1,170 @@
+"""The inner loop and the meta-gradient on every family of backbones."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memdlm_jax.diffusion.schedule import LinearSchedule
+from memdlm_jax.memory import fast_weights, meta_gradient
+from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.prompt_memory import write_prompt
+from memdlm_jax.models import lora
+from memdlm_jax.models.lora import LoraConfig
+from memdlm_jax.models.quantize import quantized_tree
+from memdlm_jax.typing import Batch, Partitioned, partition
+from tests.models.small import FAMILIES, TOKENS, small
+
+BATCH = Batch(
+    tokens=TOKENS,
+    maskable=jnp.arange(9)[None] >= jnp.array([[2], [4]]),
+    valid=jnp.ones((2, 9), bool),
+)
+CONFIG = MemoryConfig(rank=2, alpha=4.0, layer_fraction=0.4, learning_rate=0.1)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    model = small(request.param)
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def test_the_prompt_is_learnt(family):
+    """Every inner step lowers its loss, in every row, experts included."""
+    model, theta = family
+    config = dataclasses.replace(CONFIG, steps=4, learning_rate=0.3, prompt_mask_ratio=0.6)
+
+    @jax.jit
+    def write(theta):
+        return write_prompt(jax.random.key(1), model, config, theta, TOKENS, BATCH.valid)
+
+    phi, record = write(theta)
+    assert not record.skipped.any()
+    for leaf in jax.tree.leaves(phi):
+        assert jnp.isfinite(leaf).all()
+    measured = jax.jit(
+        lambda theta: write_prompt(
+            jax.random.key(1), model, dataclasses.replace(config, epochs=6), theta, TOKENS,
+            BATCH.valid,
+        )[1].loss
+    )(theta)  # fmt: skip
+    first, last = measured[:4].mean(0), measured[-4:].mean(0)
+    assert (last < first - 0.05).all(), (first, last)
+
+
+def outer(model, config, theta, dtype=None):
+    """Outer loss as a function of theta on drawn states."""
+    phi, *states = meta_gradient.draw(
+        jax.random.key(3), model, config, BATCH, LinearSchedule(0.5, "low_discrepancy")
+    )
+    if dtype:
+        phi = jax.tree.map(lambda leaf: leaf.astype(dtype), phi)
+    return lambda theta: meta_gradient.outer_loss(model, config, theta, phi, BATCH, *states)[0]
+
+
+def test_training_with_memory_has_finite_gradients(family):
+    model, theta = family
+    gradient = jax.jit(jax.grad(outer(model, CONFIG, theta)))(theta)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def doubled(model, theta):
+    wide = model.with_config(dtype="float64", param_dtype="float64")
+    return wide, jax.tree.map(lambda leaf: leaf.astype("float64"), theta)
+
+
+@pytest.mark.usefixtures("wide")
+def test_exact_gradients_through_experts_equal_the_dense_oracle():
+    """Per-example fast weights on every expert, differentiated twice, in float64.
+
+    The oracle computes all experts and needs neither sorting, nor grouping, nor our primitives.
+    """
+    config = dataclasses.replace(CONFIG, meta_gradient="exact")
+    model = small("llada2")
+    model, theta = doubled(model, jax.jit(model.init)(jax.random.key(0)))
+    found, expected = (
+        jax.jit(jax.grad(outer(one, config, theta, "float64")))(theta)
+        for one in (model, model.with_config(dispatch="dense"))
+    )
+    scale = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * scale)
+    first_order = jax.jit(
+        jax.grad(outer(model, dataclasses.replace(config, meta_gradient="first_order"), theta))
+    )(theta)
+    assert max(
+        jnp.abs(a - b).max()
+        for a, b in zip(jax.tree.leaves(first_order), jax.tree.leaves(expected), strict=True)
+    ) > 1e-4 * scale  # fmt: skip
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_row_adapts_as_if_it_were_alone():
+    """Experts of all rows are computed together; what a row writes is its own."""
+    model = small("llada_moe")
+    model, theta = doubled(model, jax.jit(model.init)(jax.random.key(0)))
+
+    def write(rows):
+        return write_prompt(
+            jax.random.key(1), model, CONFIG, theta, TOKENS[rows], BATCH.valid[rows]
+        )[0]
+
+    both, alone = write(slice(0, 2)), write(slice(0, 1))
+    for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a[:1], b, rtol=1e-6, atol=1e-9)
+
+
+class TestFrozenBase:
+    """Adapters over a frozen base: only they get a gradient, and it is the right one."""
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        return small("llada_moe")
+
+    def adapted(self, model, narrow):
+        theta = jax.jit(model.init)(jax.random.key(0))
+        if narrow:
+            theta = quantized_tree(theta, "int8", lambda p: p.endswith("up_proj/kernel"), 8)
+        return lora.add(jax.random.key(1), model, theta, LoraConfig(rank=2, dropout=0.0))
+
+    @pytest.mark.parametrize("mode", ["first_order", "exact"])
+    def test_gradients_are_those_of_the_whole_theta(self, model, mode):
+        config = dataclasses.replace(CONFIG, meta_gradient=mode)
+        theta = self.adapted(model, narrow=False)
+        theta = jax.tree.map(lambda leaf: leaf + 0.01, theta)
+        parts = partition(theta, lora.is_adapter)
+        loss = outer(model, config, theta)
+        whole = partition(jax.jit(jax.grad(loss))(theta), lora.is_adapter).trainable
+
+        def frozen_loss(trainable):
+            return loss(Partitioned(trainable, parts.frozen))
+
+        found = jax.jit(jax.grad(frozen_loss))(parts.trainable)
+        scale = max(jnp.abs(leaf).max() for leaf in whole.values())
+        assert found.keys() == whole.keys() and scale > 0
+        for name in whole:
+            np.testing.assert_allclose(found[name], whole[name], atol=3e-5 * scale)
+
+    def test_exact_gradients_over_codes(self, model):
+        """Codes have no derivative, in the inner rule's backward pass neither."""
+        config = dataclasses.replace(CONFIG, meta_gradient="exact")
+        theta = self.adapted(model, narrow=True)
+        theta = lora.with_dropout(theta, jax.random.key(5))
+        parts = partition(theta, lora.is_adapter)
+        loss = outer(model, config, theta)
+
+        @jax.jit
+        def gradient(trainable):
+            return jax.grad(lambda t: loss(Partitioned(t, parts.frozen)))(trainable)
+
+        found = gradient(parts.trainable)
+        assert all(jnp.isfinite(leaf).all() for leaf in found.values())
+        assert sum(bool(leaf.any()) for leaf in found.values()) >= len(found) // 2
+
+    def test_fast_weights_sit_on_top_of_adapters(self, model):
+        theta = self.adapted(model, narrow=True)
+        phi, record = write_prompt(jax.random.key(1), model, CONFIG, theta, TOKENS, BATCH.valid)
+        assert not record.skipped.any()
+        assert fast_weights.number_of_groups(phi) == 2
