@@ -18,6 +18,8 @@ from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.quantize import Quantized, quantize
 from tests.models.small import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "backbones"
 STORED = {"llada_dense": "float32", "llada_moe": "float32", "llada2_0": "float32",
           "llada2_1": "bfloat16", "dream": "float32"}  # fmt: skip

@@ -1,6 +1,7 @@
 """The inner loop and the meta-gradient on every family of backbones."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,19 @@ from memdlm_jax.models.quantize import quantized_tree
 from memdlm_jax.typing import Batch, Partitioned, partition
 from tests.models.small import FAMILIES, TOKENS, small
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BATCH = Batch(
     tokens=TOKENS,
     maskable=jnp.arange(9)[None] >= jnp.array([[2], [4]]),
     valid=jnp.ones((2, 9), bool),
 )
 CONFIG = MemoryConfig(rank=2, alpha=4.0, layer_fraction=0.4, learning_rate=0.1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def write(model, config, theta, tokens=TOKENS, valid=BATCH.valid):
+    return write_prompt(jax.random.key(1), model, config, theta, tokens, valid)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -32,26 +40,15 @@ def family(request):
 
 
 def test_the_prompt_is_learnt(family):
-    """Every inner step lowers its loss, in every row, experts included."""
+    """Three steps on one state lower its loss in every row, experts included."""
     model, theta = family
-    config = dataclasses.replace(CONFIG, steps=4, learning_rate=0.3, prompt_mask_ratio=0.6)
-
-    @jax.jit
-    def write(theta):
-        return write_prompt(jax.random.key(1), model, config, theta, TOKENS, BATCH.valid)
-
-    phi, record = write(theta)
+    config = dataclasses.replace(
+        CONFIG, masking="no_progressive", epochs=3, learning_rate=0.3, prompt_mask_ratio=0.6
+    )
+    phi, record = write(model, config, theta)
     assert not record.skipped.any()
-    for leaf in jax.tree.leaves(phi):
-        assert jnp.isfinite(leaf).all()
-    measured = jax.jit(
-        lambda theta: write_prompt(
-            jax.random.key(1), model, dataclasses.replace(config, epochs=6), theta, TOKENS,
-            BATCH.valid,
-        )[1].loss
-    )(theta)  # fmt: skip
-    first, last = measured[:4].mean(0), measured[-4:].mean(0)
-    assert (last < first - 0.05).all(), (first, last)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(phi))
+    assert (record.loss[2] < record.loss[1]).all() and (record.loss[1] < record.loss[0]).all()
 
 
 def outer(model, config, theta, dtype=None):
@@ -106,12 +103,8 @@ def test_a_row_adapts_as_if_it_were_alone():
     model = small("llada_moe")
     model, theta = doubled(model, jax.jit(model.init)(jax.random.key(0)))
 
-    def write(rows):
-        return write_prompt(
-            jax.random.key(1), model, CONFIG, theta, TOKENS[rows], BATCH.valid[rows]
-        )[0]
-
-    both, alone = write(slice(0, 2)), write(slice(0, 1))
+    both = write(model, CONFIG, theta)[0]
+    alone = write(model, CONFIG, theta, TOKENS[:1], BATCH.valid[:1])[0]
     for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a[:1], b, rtol=1e-6, atol=1e-9)
 
@@ -165,6 +158,6 @@ class TestFrozenBase:
 
     def test_fast_weights_sit_on_top_of_adapters(self, model):
         theta = self.adapted(model, narrow=True)
-        phi, record = write_prompt(jax.random.key(1), model, CONFIG, theta, TOKENS, BATCH.valid)
+        phi, record = write(model, CONFIG, theta)
         assert not record.skipped.any()
         assert fast_weights.number_of_groups(phi) == 2

@@ -17,13 +17,7 @@ from memdlm_jax.memory.trajectory import Trajectory
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.typing import Batch
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 MODEL = LLaDA(

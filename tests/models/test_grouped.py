@@ -20,13 +20,7 @@ CHANCES = (0.6, 0.0, 0.1, 0.2, 0.1)
 X64 = pytest.mark.usefixtures("float64")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs compiled in half the time: these tests are about what is computed."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def normal(seed, *shape):

@@ -1,6 +1,7 @@
 """Outer adapters: what they compute, what they hit, how they merge."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from memdlm_jax.models.quantize import quantize, quantized_tree
 from memdlm_jax.typing import merged, partition
 from tests.models.small import FAMILIES, logits, small
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CONFIG = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
 
 
@@ -21,8 +24,13 @@ def adapted(request):
     """A model, its plain theta, and one with adapters whose B is not zero."""
     model = small(request.param)
     theta = jax.jit(model.init)(jax.random.key(0))
-    fresh = lora.add(jax.random.key(1), model, theta, CONFIG)
+    fresh = add(theta, model, CONFIG)
     return model, theta, fresh, perturbed(fresh)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def add(theta, model, config):
+    return lora.add(jax.random.key(1), model, theta, config)
 
 
 def perturbed(theta):
@@ -30,7 +38,7 @@ def perturbed(theta):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not name.endswith("/kernel/B"):
             return x
-        return 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
+        return jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape) * 0.3, x.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, theta)
 
@@ -43,7 +51,7 @@ def test_fresh_adapters_are_the_identity_to_the_bit(adapted):
 def test_adapters_act_like_merged_matrices(adapted):
     model, theta, _, changed = adapted
     with jax.default_matmul_precision("highest"):
-        found, expected = logits(model, changed), logits(model, lora.merge(changed))
+        found, expected = logits(model, changed), logits(model, jax.jit(lora.merge)(changed))
     np.testing.assert_allclose(found, expected, atol=5e-5)
     assert jnp.abs(found - logits(model, theta)).max() > 0.01
 
@@ -61,9 +69,9 @@ def test_all_linear_is_what_peft_hits(adapted):
 def test_a_quantised_base_stays_quantised(adapted):
     model, theta, *_ = adapted
     narrow = quantized_tree(theta, "int8", lambda p: p.endswith("kernel") and "router" not in p, 8)
-    changed = perturbed(lora.add(jax.random.key(1), model, narrow, CONFIG))
+    changed = perturbed(add(narrow, model, CONFIG))
     with jax.default_matmul_precision("highest"):
-        found, expected = logits(model, changed), logits(model, lora.merge(changed))
+        found, expected = logits(model, changed), logits(model, jax.jit(lora.merge)(changed))
     np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
@@ -138,7 +146,7 @@ class TestDropout:
     def test_every_matrix_and_layer_draws_alone(self):
         theta = {"layers": {n: {"kernel": self.matrices((3,))} for n in ("up", "down")}}
         dropped = lora.with_dropout(theta, jax.random.key(0))
-        keys = [jax.random.key_data(leaf["kernel"].key) for leaf in dropped["layers"].values()]
+        keys = [jax.random.key_data(dropped["layers"][n]["kernel"].key) for n in ("up", "down")]
         assert len({tuple(key) for key in np.concatenate(keys).tolist()}) == 6
         again = lora.with_dropout(theta, jax.random.key(0))
         assert (jax.random.key_data(again["layers"]["up"]["kernel"].key) == keys[0]).all()
