@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ml_collections import config_dict
 
-from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.checkpoints import hub, hugging_face
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.quantize import quantize, quantized_tree
@@ -64,6 +64,17 @@ def narrow(theta: Theta, kind: Literal["int8", "nf4"], block: int = 64) -> Theta
     return quantized_tree(
         theta, kind, lambda p: p.endswith("/kernel") and "/router/" not in p, block
     )
+
+
+def resolve(settings: dict[str, Any], *names: str) -> None:
+    """Replace hub ids (``ORG/NAME@REVISION``) in these settings by the folders they come to.
+
+    Raises:
+        ImportError, FileNotFoundError: see ``hub.local``.
+    """
+    for name in names:
+        if isinstance(settings.get(name), str):
+            settings[name] = hub.local(settings[name])
 
 
 def lora_defaults() -> config_dict.ConfigDict:

@@ -3,10 +3,10 @@
     python -m experiments.convert SOURCE TARGET [--to=orbax|hugging_face] [--base=FOLDER]
         [--dtype=float32|bfloat16|float16] [--shard-bytes=N]
 
-SOURCE holds safetensors in the published format, a PEFT adapter (merged into its base: the one that
-it names, or ``--base``), or Orbax arrays. Without ``--to`` the published format becomes Orbax, and
-the other two the published format. Weights keep their dtype unless ``--dtype`` says otherwise.
-Tokenizer and other small files are copied.
+SOURCE holds safetensors in the published format (``ORG/NAME@REVISION`` is downloaded first), a PEFT
+adapter (merged into its base: the one that it names, or ``--base``), or Orbax arrays. Without
+``--to`` the published format becomes Orbax, and the other two the published format. Weights keep
+their dtype unless ``--dtype`` says otherwise. Tokenizer and other small files are copied.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from memdlm_jax.checkpoints import hugging_face, orbax_model
+from memdlm_jax.checkpoints import hub, hugging_face, orbax_model
 from memdlm_jax.checkpoints.training_state import CorruptCheckpoint, NoUsableCheckpoint
 from memdlm_jax.models import lora
 from memdlm_jax.models.transformer import Transformer
@@ -87,8 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if o.shard_bytes < 1:
         parser.error(f"--shard-bytes={o.shard_bytes} must be at least 1")
     try:
-        to = convert(o.source, o.target, o.to, o.base, o.dtype, o.shard_bytes)
-    except (OSError, ValueError, CorruptCheckpoint, NoUsableCheckpoint) as error:
+        source = Path(hub.local(str(o.source)))
+        to = convert(source, o.target, o.to, o.base, o.dtype, o.shard_bytes)
+    except (OSError, ImportError, ValueError, CorruptCheckpoint, NoUsableCheckpoint) as error:
         sys.exit(f"error: {error}")
     print(f"{o.target}: {to}")
 

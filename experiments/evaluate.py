@@ -128,6 +128,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> EvaluateConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = without_disabled(config.to_dict())
+    _model.resolve(settings, "mdlm", "memdlm", "under")
     changed, folder = settings.get("memory") or {}, settings.get("memdlm") or ""
     settings["memory"] = _memory.settings(folder, changed)
     return _cli.build(EvaluateConfig, settings)

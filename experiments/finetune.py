@@ -99,6 +99,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> FinetuneConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
+    _model.resolve(settings, "init")
     for name, kind in (("memory", MemoryConfig), ("lora", LoraConfig)):
         section = settings.get(name) or {}
         enabled = section.pop("enabled", bool(section))

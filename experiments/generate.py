@@ -81,6 +81,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> GenerateConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
+    _model.resolve(settings, "model", "under")
     enabled = settings["memory"].pop("enabled", True)
     if type(enabled) is not bool:
         raise TypeError(f"config.memory.enabled={enabled!r} must be bool")

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.tokenizer import train_tokenizer
+from memdlm_jax.models import lora
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 
 CONFIG = """
@@ -25,6 +27,8 @@ def get_config():
         "train": {{"output": "{root}/run", "steps": 4, "seed": 0, "log_every": 1,
                   "validate_every": 2}},
         "memory": {{"enabled": True, "steps": 1, "layer_fraction": 0.5, "rank": 2}},
+        "lora": {{"enabled": False, "rank": 2, "alpha": 4.0, "dropout": 0.1}},
+        "base": "float32",
         "schedule": {{"sampling": "low_discrepancy"}},
     }})
 """
@@ -66,6 +70,39 @@ def test_from_the_command_line_to_a_model_folder(root, environment):
     assert not (theta["embedding"] == start["embedding"]).all()
     same = (root / "model" / "tokenizer.json").read_bytes()
     assert (root / "run" / "best" / "tokenizer.json").read_bytes() == same
+
+
+def test_adapters_over_a_narrow_base(root, environment):
+    """Trained, resumed, exported as PEFT has it; the base is in no checkpoint."""
+    narrow = ["--config.lora.enabled=True", "--config.base=int8"]
+    output = f"--config.train.output={root}/lora"
+    done = run(root, environment, *narrow, output)
+    assert done.returncode == 0, done.stderr
+    best = root / "lora" / "best"
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+        file.name for file in best.iterdir()
+    }
+    kept = {path.parent.name for path in (root / "lora" / "checkpoints").glob("4/state")}
+    assert kept and not (best / "model.safetensors").exists()
+    notes = json.loads(next((root / "lora" / "checkpoints" / "4").rglob("notes/*")).read_text())
+    arrays = notes["notes"]["arrays"]
+    sizes = [np.prod(a["shape"]) for name, a in arrays.items() if name.startswith("theta")]
+    assert sizes and sum(sizes) == 2 * 2 * (4 * 16 + 16 + 8 + 16 + 8 + 16 + 3 * (16 + 32) - 16)
+    _, theta = hugging_face.load(best)
+    adapted = [leaf for leaf in lora.kernels(theta).values() if isinstance(leaf, lora.Adapted)]
+    assert len(adapted) == 7 and all(leaf.B.any() for leaf in adapted)
+    again = run(root, environment, *narrow, output, f"--config.init={best}")
+    assert_one_line(again, "init.sha256=")
+    further = f"--config.train.output={root}/further"
+    done = run(root, environment, *narrow, further, f"--config.init={best}")
+    assert done.returncode == 0, done.stderr
+    _, longer = hugging_face.load(root / "further" / "best")
+    moved = longer["layers"]["mlp"]["up_proj"]["kernel"].B
+    assert (moved != theta["layers"]["mlp"]["up_proj"]["kernel"].B).any()
+
+
+def test_a_narrow_base_needs_adapters(root, environment):
+    assert_one_line(run(root, environment, "--config.base=nf4"), "base='nf4' must be 'float32'")
 
 
 def assert_one_line(failed, message):
