@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("scope", ["example", "global"])
+@pytest.mark.parametrize("scope", ["example", "global", "frozen"])
 def test_two_devices_take_the_same_step_as_one(environment, scope):
     two = "--xla_force_host_platform_device_count=2"
     flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {two}"}

@@ -7,14 +7,30 @@ import sys
 import jax
 import numpy as np
 
-from memdlm_jax.training import step
+from memdlm_jax.models import lora
+from memdlm_jax.models.lora import LoraConfig
+from memdlm_jax.models.quantize import quantized_tree
+from memdlm_jax.training import state, step
 from memdlm_jax.training.parallel import CompiledSteps
+from memdlm_jax.typing import partition
 from tests.training import tiny
 
 MEMORIES = {
     "example": tiny.STEADY_MEMORY,
     "global": dataclasses.replace(tiny.STEADY_MEMORY, scope="global", meta_gradient="exact"),
+    "frozen": dataclasses.replace(tiny.STEADY_MEMORY, scope="global", meta_gradient="exact"),
 }
+
+
+def start(name):
+    """The state before the first step, and the part of theta that is not trained."""
+    whole = tiny.fresh_state()
+    if name != "frozen":
+        return whole, None
+    narrow = quantized_tree(whole.theta, "int8", lambda path: path.endswith("up_proj/kernel"), 8)
+    theta = lora.add(jax.random.key(1), tiny.DENOISER, narrow, LoraConfig(rank=2))
+    parts = partition(theta, lora.is_adapter)
+    return state.create(parts.trainable, tiny.OPTIMIZER), parts.frozen
 
 
 def main(name):
@@ -22,14 +38,15 @@ def main(name):
     setup = tiny.setup(MEMORIES[name], corrupt=tiny.corrupt)
     batch, key = tiny.batch(), jax.random.key(7)
     on_one = jax.jit(functools.partial(step.train_step, setup=setup))
-    expected = jax.device_get(on_one(tiny.fresh_state(), batch, key, True))
-    steps = CompiledSteps(setup, lambda length: length)
-    found = jax.device_get(steps.train(steps.place(tiny.fresh_state()), batch, key, True))
+    first, frozen = start(name)
+    expected = jax.device_get(on_one(first, batch, key, True, frozen=frozen))
+    steps = CompiledSteps(setup, lambda length: length, frozen)
+    found = jax.device_get(steps.train(steps.place(start(name)[0]), batch, key, True))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), *(
-        (state.theta, metrics) for state, metrics in (found, expected)
+        (after.theta, metrics) for after, metrics in (found, expected)
     ))  # fmt: skip
     try:
-        steps.evaluate(steps.place(tiny.fresh_state().theta), tiny.batch(rows=3), key)
+        steps.evaluate(steps.place(start(name)[0].theta), tiny.batch(rows=3), key)
     except ValueError as error:
         assert "batch of 3 rows cannot be split over 2 devices" in str(error)
     else:
