@@ -4,16 +4,20 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import jax
 from ml_collections import config_dict
 
-from memdlm_jax.checkpoints import hub, hugging_face
+from memdlm_jax.checkpoints import families, hub, hugging_face
+from memdlm_jax.checkpoints.folders import read_json
 from memdlm_jax.data.tokenizer import Tokenizer
+from memdlm_jax.models import lora
 from memdlm_jax.models.lora import LoraConfig
+from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.quantize import quantize, quantized_tree
 from memdlm_jax.models.transformer import Transformer
-from memdlm_jax.typing import Theta
+from memdlm_jax.typing import Theta, partition
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,38 @@ def narrow(theta: Theta, kind: Literal["int8", "nf4"], block: int = 64) -> Theta
     return quantized_tree(
         theta, kind, lambda p: p.endswith("/kernel") and "/router/" not in p, block
     )
+
+
+def described(name: str) -> Transformer:
+    """A published model by name, or that of a folder's ``config.json``; no weights are read.
+
+    An adapter's folder stands for the model that it names.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: there is neither, or its config is unsupported.
+    """
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    folder = Path(hub.local(name))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name} is no folder and none of {sorted(PUBLISHED)}")
+    file = hugging_face.base_of(folder) / "config.json"
+    return families.denoiser_of(read_json(file), file, param_dtype="bfloat16")
+
+
+def shapes(denoiser: Transformer, base: str, adapters: LoraConfig | None) -> Theta:
+    """Theta as ``jax.ShapeDtypeStruct``, as a run with this base and these adapters holds it."""
+    narrow_base = base in _NARROW
+    denoiser = denoiser.with_config(param_dtype="bfloat16" if narrow_base else base)
+
+    def build(key):
+        theta = denoiser.init(key)
+        if narrow_base:
+            theta = narrow(theta, cast(Any, base))
+        return theta if adapters is None else lora.add(key, denoiser, theta, adapters)
+
+    theta = jax.eval_shape(build, jax.random.key(0))
+    return theta if adapters is None else partition(theta, lora.is_adapter)
 
 
 def resolve(settings: dict[str, Any], *names: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.checkpoints import hub, hugging_face
 from memdlm_jax.evaluation import backbones
 from memdlm_jax.evaluation.backbones import Compared
 
@@ -68,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Compare model folders with recordings of the published modelling code.",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--base", type=Path, help="model folder under the adapter folders")
+    parser.add_argument(
+        "--base", type=Path, help="model folder under adapter folders, ignored for others"
+    )
     parser.add_argument("--tolerance", type=float, default=backbones.TOLERANCE)
     options = parser.parse_args(arguments)
     if not 0 <= options.tolerance < math.inf:
@@ -77,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wrong, unchecked, total = [], [], 0
     for folder in options.folders:
         try:
-            found = check(folder, options.base, options.tolerance)
-        except (OSError, ValueError) as error:
+            local = Path(hub.local(str(folder)))
+            base = options.base if hugging_face.is_adapter(local) else None
+            found = check(local, base, options.tolerance)
+        except (OSError, ImportError, ValueError) as error:
             unchecked.append(str(folder))
             print(f"{folder}\n    error: {error}")
             continue

@@ -6,7 +6,8 @@
 SOURCE holds safetensors in the published format (``ORG/NAME@REVISION`` is downloaded first), a PEFT
 adapter (merged into its base: the one that it names, or ``--base``), or Orbax arrays. Without
 ``--to`` the published format becomes Orbax, and the other two the published format. Weights keep
-their dtype unless ``--dtype`` says otherwise. Tokenizer and other small files are copied.
+their dtype, the widest where there are several, unless ``--dtype`` says otherwise. Tokenizer and
+other small files are copied.
 """
 
 import argparse
@@ -59,13 +60,14 @@ def convert(
     whole = not orbax_model.is_orbax(source) and not hugging_face.is_adapter(source)
     to = to or ("orbax" if whole else "hugging_face")
     denoiser, theta = load(source, base, dtype)
+    below = hugging_face.base_of(source, base)
     if to == "orbax":
-        orbax_model.save(target, denoiser, theta)
+        orbax_model.save(target, denoiser, theta, like=below)
     else:
-        below = hugging_face.base_of(source, base) if hugging_face.is_adapter(source) else source
         hugging_face.save(target, denoiser, theta, like=below, shard_bytes=shard)
-    for folder in dict.fromkeys((hugging_face.base_of(source, base), source)):
-        for pattern in (*SMALL, *MEMORY):
+    # What memory a model was trained with is the adapter's business, not its base's.
+    for folder, patterns in ((below, SMALL), (source, (*SMALL, *MEMORY))):
+        for pattern in patterns:
             for file in folder.glob(pattern):
                 shutil.copyfile(file, target / file.name)
     return to

@@ -14,53 +14,20 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from experiments import _model
-from memdlm_jax.checkpoints import families
-from memdlm_jax.checkpoints.folders import read_json
 from memdlm_jax.checkpoints.trees import named
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.models import lora
 from memdlm_jax.models.config import runs_of
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.training import fit
-from memdlm_jax.typing import Partitioned, Theta, partition
-
-
-def model_of(name: str) -> Transformer:
-    """A published model by name, or that of a folder's ``config.json``, parameters in bfloat16.
-
-    Raises:
-        FileNotFoundError, ValueError: there is neither, or the config is not supported.
-    """
-    if name in PUBLISHED:
-        return PUBLISHED[name]
-    if not Path(name).is_dir():
-        raise FileNotFoundError(f"{name} is no folder and none of {sorted(PUBLISHED)}")
-    file = Path(name) / "config.json"
-    return families.denoiser_of(read_json(file), file, param_dtype="bfloat16")
-
-
-def shapes_of(denoiser: Transformer, base: str | None, adapters: LoraConfig | None) -> Theta:
-    """Theta as ``jax.ShapeDtypeStruct``, as a run with this base and these adapters holds it."""
-    param_dtype = "bfloat16" if base in ("int8", "nf4") else base or denoiser.config.param_dtype
-    denoiser = denoiser.with_config(param_dtype=param_dtype)
-
-    def build(key):
-        theta = denoiser.init(key)
-        if base in ("int8", "nf4"):
-            theta = _model.narrow(theta, base)
-        return theta if adapters is None else lora.add(key, denoiser, theta, adapters)
-
-    theta = jax.eval_shape(build, jax.random.key(0))
-    return theta if adapters is None else partition(theta, lora.is_adapter)
+from memdlm_jax.typing import Partitioned, Theta
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -125,7 +92,7 @@ def describe(options: argparse.Namespace) -> tuple[list[str], fit.Need]:
     Raises:
         FileNotFoundError, ValueError: naming the field.
     """
-    denoiser = model_of(options.model)
+    denoiser = _model.described(options.model)
     memory = MemoryConfig(
         rank=options.rank, adapter=options.adapter, layer_fraction=options.layer_fraction,
         target_modules=tuple(options.target_modules),
@@ -133,8 +100,12 @@ def describe(options: argparse.Namespace) -> tuple[list[str], fit.Need]:
     adapters = LoraConfig(rank=options.lora_rank) if options.lora_rank else None
     if adapters is None and options.base in ("int8", "nf4"):
         raise ValueError(f"--base={options.base} needs --lora-rank: codes cannot be trained")
-    theta = shapes_of(denoiser, options.base, adapters)
-    lines = [f"{type(denoiser).__name__} {options.model}", *config_lines(denoiser)]
+    base = options.base or ("float32" if adapters else denoiser.config.param_dtype)
+    theta = _model.shapes(denoiser, base, adapters)
+    lines = [
+        f"{type(denoiser).__name__} {options.model}, parameters in {base}",
+        *config_lines(denoiser),
+    ]
     if isinstance(theta, Partitioned):
         lines += ["", "frozen", *parameters(theta.frozen), "", "trained"]
         lines += parameters(theta.trainable)
@@ -142,7 +113,7 @@ def describe(options: argparse.Namespace) -> tuple[list[str], fit.Need]:
     else:
         lines += ["", *parameters(theta)]
         # What is trained is float32, however the folder stores it.
-        trained, frozen = shapes_of(denoiser, "float32", None), None
+        trained, frozen = _model.shapes(denoiser, "float32", None), None
     plain = jax.tree.leaves(jax.eval_shape(denoiser.init, jax.random.key(0)))
     total = sum(math.prod(leaf.shape) for leaf in plain)
     lines += [f"{total:,} parameters, {active(denoiser):,} of them met by one token", ""]
@@ -177,12 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.rows < 1:
         parser.error(f"--rows={options.rows} must be at least 1")
+    if options.limit_gib is not None and not 0 < options.limit_gib < math.inf:
+        parser.error(f"--limit-gib={options.limit_gib} must be positive and finite")
     try:
         lines, need = describe(options)
         print("\n".join(lines))
-        limit = options.limit_gib
-        fit.require(need, None if limit is None else int(limit * fit.GIB))
-    except (OSError, ValueError) as error:
+        fit.require(need, options.limit_gib and int(options.limit_gib * fit.GIB))
+    except (OSError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -21,6 +21,7 @@ import jax
 from ml_collections import config_dict
 
 from experiments import _cli, _memory, _model
+from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
 from memdlm_jax.data.prepare import installed_version
 from memdlm_jax.data.sft import Row
@@ -189,7 +190,8 @@ def load_systems(config: EvaluateConfig) -> tuple[list[System], Tokenizer, int]:
     for name, folder in (("mdlm", config.mdlm), ("memdlm", config.memdlm)):
         if not folder:
             continue
-        denoiser, theta, tokenizer = _model.load(folder, config.dtype, config.base, config.under)
+        under = config.under if hugging_face.is_adapter(folder) else ""
+        denoiser, theta, tokenizer = _model.load(folder, config.dtype, config.base, under)
         tokenizers[tokenizer.digest()] = tokenizer
         models.append(denoiser.config)
         if name == "mdlm":
@@ -198,6 +200,8 @@ def load_systems(config: EvaluateConfig) -> tuple[list[System], Tokenizer, int]:
             systems.append(System("memdlm_train_only", denoiser, theta))
             inner = _memory.inner_parameters(folder, denoiser, config.memory)
             systems.append(System("memdlm", denoiser, theta, config.memory, inner))
+    if config.under and not any(map(hugging_face.is_adapter, (config.mdlm, config.memdlm))):
+        raise ValueError(f"under={config.under!r} must be empty: no folder holds an adapter")
     if not systems:
         raise ValueError("mdlm='' and memdlm='': at least one must name a model folder")
     if len(tokenizers) > 1:

@@ -58,6 +58,7 @@ class FinetuneConfig:
         lora: outer adapters; ``None`` trains all parameters. Where ``init`` holds adapters they are
             trained on, and ``lora`` must be as theirs.
         base: how parameters that are not trained are held; what is trained is float32.
+        under: model folder under an ``init`` that holds adapters; empty is the one they name.
         dtype: of the activations.
         remat: what the backward pass recomputes, see ``TransformerConfig``.
         validation_batches: batches of the validation split to score.
@@ -73,6 +74,7 @@ class FinetuneConfig:
     loss: LossConfig = PAPER_LOSS
     lora: LoraConfig | None = None
     base: _model.Base = "float32"
+    under: str = ""
     dtype: _model.Dtype = "float32"
     remat: Remat = "none"
     validation_batches: int = 16
@@ -99,7 +101,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> FinetuneConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
-    _model.resolve(settings, "init")
+    _model.resolve(settings, "init", "under")
     for name, kind in (("memory", MemoryConfig), ("lora", LoraConfig)):
         section = settings.get(name) or {}
         enabled = section.pop("enabled", bool(section))
@@ -113,6 +115,10 @@ def from_config_dict(config: config_dict.ConfigDict) -> FinetuneConfig:
 
 def finetune(config: FinetuneConfig) -> Result:
     """Train, resuming what is there, and export the best weights if the run came to its end."""
+    rows = config.pipeline.rows_per_batch // jax.local_device_count()
+    rows = max(1, rows // config.optimizer.accumulation)
+    if (limit := fit.device_bytes()) is not None:
+        fit.require(need_of(config, rows), limit)
     denoiser, theta = model_of(config)
     prepared = prepared_for(config, denoiser)
     train = make_pipeline(prepared, "train", config.pipeline)
@@ -130,11 +136,6 @@ def finetune(config: FinetuneConfig) -> Result:
     trained, frozen = theta, None
     if isinstance(theta, Partitioned):
         trained, frozen = theta.trainable, theta.frozen
-    rows = config.pipeline.rows_per_batch // jax.local_device_count()
-    need = fit.needed(
-        denoiser, trained, frozen, memory, max(1, rows // config.optimizer.accumulation)
-    )
-    fit.require(need, fit.device_bytes())
     state = states.create(learned.join(trained, inner), config.optimizer)
     result = loop.run(config.train, setup, state, train, validation, identity, frozen=frozen)
     if result.finished:
@@ -149,23 +150,27 @@ def finetune(config: FinetuneConfig) -> Result:
     return result
 
 
+def need_of(config: FinetuneConfig, rows: int) -> fit.Need:
+    """What the run holds on a device with so many rows, before anything is loaded."""
+    below = hugging_face.base_of(config.init, config.under or None)
+    denoiser = _model.described(str(below))
+    theta = _model.shapes(denoiser, config.base, config.lora)
+    if isinstance(theta, Partitioned):
+        return fit.needed(denoiser, theta.trainable, theta.frozen, config.memory, rows)
+    return fit.needed(denoiser, theta, None, config.memory, rows)
+
+
 def model_of(config: FinetuneConfig) -> tuple[Transformer, Theta]:
     """The model to start from; with adapters theta is ``Partitioned``.
 
     Raises:
         ValueError: ``init`` holds adapters, and ``lora`` is missing or says otherwise.
     """
-    denoiser, theta, _ = _model.load(config.init, config.dtype, config.base)
+    denoiser, theta, _ = _model.load(config.init, config.dtype, config.base, config.under)
     denoiser = denoiser.with_config(remat=config.remat)
     if hugging_face.is_adapter(config.init):
-        found = peft.config_of(config.init)
-        if config.lora is None or (found.rank, found.scale) != (
-            config.lora.rank,
-            config.lora.scale,
-        ):
-            raise ValueError(
-                f"init={config.init} holds adapters: lora must be enabled with {found}"
-            )
+        check_adapters(config, denoiser, theta)
+        theta = lora.set_dropout(theta, config.lora.dropout if config.lora else 0.0)
     elif config.lora is None:
         return denoiser, theta
     else:
@@ -175,6 +180,24 @@ def model_of(config: FinetuneConfig) -> tuple[Transformer, Theta]:
     return denoiser, partition(theta, lora.is_adapter)
 
 
+def check_adapters(config: FinetuneConfig, denoiser: Transformer, theta: Theta) -> None:
+    """Raise ValueError if the adapters in theta are not what ``lora`` says."""
+    found = peft.config_of(config.init)
+    ours = config.lora and (config.lora.rank, config.lora.scale)
+    if config.lora is None or ours != (found.rank, found.scale):
+        raise ValueError(
+            f"init={config.init} holds adapters: lora must be enabled, with rank={found.rank} and "
+            f"alpha={found.alpha} (use_rslora={found.use_rslora})"
+        )
+    there = {p for p, leaf in lora.kernels(theta).items() if isinstance(leaf, lora.Adapted)}
+    wanted = set(lora.targets(denoiser, theta, config.lora))
+    if differ := sorted(there ^ wanted):
+        raise ValueError(
+            f"init={config.init} has adapters on other matrices than lora.target_modules="
+            f"{config.lora.target_modules}: they differ in {differ}"
+        )
+
+
 def export(folder: Path, config: FinetuneConfig, denoiser: Transformer, theta: Theta) -> None:
     """Write a model folder, or a PEFT adapter on the base that was trained on."""
     if config.lora is None:
@@ -182,7 +205,7 @@ def export(folder: Path, config: FinetuneConfig, denoiser: Transformer, theta: T
         return
     below = Path(config.init)
     if hugging_face.is_adapter(below):
-        below = hugging_face.base_of(below)
+        below = hugging_face.base_of(below, config.under or None)
     peft.save(folder, denoiser, merged(theta), config.lora, str(below.absolute()))
 
 
@@ -195,7 +218,7 @@ def prepared_for(config: FinetuneConfig, denoiser: Transformer) -> PreparedData:
     longest, most = config.pipeline.buckets[-1], denoiser.config.max_length
     if longest > most:
         raise ValueError(f"pipeline.buckets end at {longest}, beyond the model's max_length={most}")
-    tokenizer = str(_model.tokenizer_folder(config.init))
+    tokenizer = str(_model.tokenizer_folder(config.init, config.under))
     return prepare(dataclasses.replace(config.data, tokenizer=tokenizer))
 
 
@@ -221,7 +244,7 @@ def validation_batches(prepared: PreparedData, config: FinetuneConfig) -> list[B
 def identity_of(config: FinetuneConfig, prepared: PreparedData) -> dict[str, Any]:
     """What a resumed run must share with the first: starting weights, rows and their order."""
     return {
-        "init.sha256": hugging_face.weights_digest(config.init),
+        "init.sha256": hugging_face.weights_digest(config.init, config.under or None),
         "base": config.base,
         "lora": None if config.lora is None else dataclasses.asdict(config.lora),
         "data.rows": prepared.directory.name,

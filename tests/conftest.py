@@ -10,6 +10,8 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Programs compile in half the time: tests are about what is computed, not about how fast.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -17,12 +19,3 @@ def float64():
     """Run the test with 64-bit types enabled."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """Programs compiled in half the time, for tests of what is computed and not how fast."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

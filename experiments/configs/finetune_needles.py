@@ -20,6 +20,7 @@ def get_config() -> config_dict.ConfigDict:
     config.init = ""
     config.dtype = "float32"
     config.base = "float32"
+    config.under = ""
     config.remat = "none"
     config.validation_batches = 16
 

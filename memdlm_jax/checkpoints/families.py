@@ -53,6 +53,7 @@ class Family:
         write: our config -> published config.
         fixed: settings that change the computation -> the values that we compute, the one we
             write first; a setting that is not there has that value.
+        dropouts: its dropout rates, all zero in the releases.
         top: our path -> published name, outside the layers.
         layer: published prefix of layer ``{}``.
         names: our path in a layer -> published name in it, ``{}`` for the expert.
@@ -64,6 +65,7 @@ class Family:
     read: Callable[[Published], Any]
     write: Callable[[Any], dict[str, Any]]
     fixed: Mapping[str, tuple]
+    dropouts: tuple[str, ...]
     top: Mapping[str, str]
     layer: str
     names: Mapping[str, str]
@@ -157,7 +159,7 @@ def denoiser_of(published: Published, where: Path | str, **changes: Any) -> Tran
     family = family_of(published, where)
     wrong = [
         f"{name}={published[name]!r} is unsupported, only {allowed[0]!r}"
-        for name, allowed in family.fixed.items()
+        for name, allowed in {**published_configs.NOWHERE, **family.fixed}.items()
         if name in published and published[name] not in allowed
     ]
     if wrong:
@@ -185,6 +187,8 @@ def published_config(denoiser: Transformer, dtype: str) -> dict[str, Any]:
     }
     if denoiser.config.mask_token_id is not None:
         named["mask_token_id"] = denoiser.config.mask_token_id
+    # The published Python defaults are 0.1 in places.
+    named |= dict.fromkeys(family.dropouts, 0.0)
     return fixed | named | family.write(denoiser.config)
 
 
@@ -216,6 +220,7 @@ LLADA = Family(
     read=published_configs.read_llada,
     write=published_configs.write_llada,
     fixed=published_configs.LLADA_FIXED,
+    dropouts=("attention_dropout", "embedding_dropout", "residual_dropout"),
     top={
         "embedding": "model.transformer.wte.weight",
         "final_norm/scale": "model.transformer.ln_f.weight",
@@ -242,6 +247,7 @@ LLADA_MOE = Family(
     read=published_configs.read_llada_moe,
     write=published_configs.write_llada_moe,
     fixed=published_configs.LLADA_MOE_FIXED,
+    dropouts=("attention_dropout",),
     top=_TOP,
     layer="model.layers.{}.",
     names=_NORMS
@@ -261,6 +267,7 @@ LLADA2 = Family(
     read=published_configs.read_llada2,
     write=published_configs.write_llada2,
     fixed=published_configs.LLADA2_FIXED,
+    dropouts=("attention_dropout", "embedding_dropout", "output_dropout"),
     top=_TOP | {"embedding": "model.word_embeddings.weight"},
     layer="model.layers.{}.",
     names=_NORMS
@@ -287,6 +294,7 @@ DREAM = Family(
     read=published_configs.read_dream,
     write=published_configs.write_dream,
     fixed=published_configs.DREAM_FIXED,
+    dropouts=("attention_dropout",),
     top=_TOP,
     layer="model.layers.{}.",
     names=_NORMS | _ATTENTION | _DENSE,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save_file
 
-from memdlm_jax.checkpoints import families, peft, weights
+from memdlm_jax.checkpoints import families, hub, peft, weights
 from memdlm_jax.checkpoints.families import Entry
 from memdlm_jax.checkpoints.folders import read_json, replacing
 from memdlm_jax.checkpoints.weights import INDEX, WEIGHTS, Stored
@@ -81,6 +81,10 @@ def load(
             piece_bytes=piece_bytes, **changes,
         )  # fmt: skip
         return denoiser, peft.load(folder, denoiser, theta)[0]
+    if base is not None:
+        raise ValueError(f"base={base} is for adapters, and {folder} holds none")
+    if (folder / "orbax").is_dir():
+        raise ValueError(f"{folder} holds Orbax arrays: python -m experiments.convert it first")
     config = folder / "config.json"
     denoiser = families.denoiser_of(
         read_json(config), config, dtype=dtype, param_dtype=param_dtype or dtype, **changes
@@ -106,13 +110,13 @@ def base_of(folder: str | Path, base: str | Path | None = None) -> Path:
     """
     if not is_adapter(folder):
         return Path(folder)
-    name = Path(base or peft.base_of(folder))
+    name = Path(hub.local(str(base or peft.base_of(folder))))
     for found in (name, Path(folder) / name):
         if (found / "config.json").exists():
             return found
     raise FileNotFoundError(
-        f"{folder} is an adapter on {str(name)!r}, which is no model folder here; give its folder "
-        "as base"
+        f"{folder} is an adapter on {str(name)!r}, which is no model folder here: say where its "
+        "base lies (base; on the command line --base or --config.under)"
     )
 
 
@@ -360,17 +364,18 @@ def stored_dtype(folder: str | Path, base: str | Path | None = None) -> str:
         FileNotFoundError, ValueError: the weights are missing or no safetensors.
     """
     found = weights.contents(weights.files(base_of(folder, base)))
-    return jnp.result_type(*{stored.numpy_dtype for stored in found.values()}).name
+    dtypes = {stored.numpy_dtype for stored in found.values() if stored.supported}
+    return jnp.result_type(*dtypes or {jnp.float32}).name
 
 
-def weights_digest(folder: str | Path) -> str:
+def weights_digest(folder: str | Path, base: str | Path | None = None) -> str:
     """Sha256 of the files that ``load`` reads theta from, for telling starting weights apart.
 
     Raises:
         FileNotFoundError: one of them is missing.
     """
     digest = hashlib.sha256()
-    files = weights.files(base_of(folder))
+    files = weights.files(base_of(folder, base))
     if is_adapter(folder):
         files += [Path(folder) / name for name in (peft.CONFIG, peft.WEIGHTS)]
     for file in files:

@@ -27,13 +27,16 @@ def is_orbax(folder: str | Path) -> bool:
     return (Path(folder) / ARRAYS).is_dir()
 
 
-def save(folder: str | Path, denoiser: Transformer, theta: Theta) -> None:
+def save(
+    folder: str | Path, denoiser: Transformer, theta: Theta, *, like: str | Path | None = None
+) -> None:
     """Write a model.
 
     Args:
         folder: made if missing; must not hold a model of this kind yet.
         denoiser: gives the config.
         theta: base parameters, arrays of one dtype, stored in it.
+        like: a model folder whose further config fields are kept.
 
     Raises:
         FileExistsError: there is a model already.
@@ -50,7 +53,8 @@ def save(folder: str | Path, denoiser: Transformer, theta: Theta) -> None:
     with contextlib.closing(TrainingCheckpoints(folder / ARRAYS, {}, keep_last=1)) as arrays:
         arrays.save(0, theta, position=0)
         arrays.wait()
-    published = families.published_config(denoiser, dtypes.pop())
+    kept = read_json(Path(like) / "config.json") if like else {}
+    published = kept | families.published_config(denoiser, dtypes.pop())
     with replacing(folder / "config.json") as file:
         file.write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
 

@@ -30,7 +30,6 @@ from memdlm_jax.typing import Theta, merged
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
 _KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 # Where the tensors say which modules are meant, these change nothing.
 _IGNORED = {
@@ -252,8 +251,11 @@ def _stacks(
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first expression that the end of a module's name fits, as PEFT finds it."""
-    fits = (v for end, v in pattern.items() if re.match(rf"(.*\.)?({end})$", module))
-    return next(fits, pattern.get(module, default))
+    try:
+        fits = (v for end, v in pattern.items() if re.match(rf"(.*\.)?({end})$", module))
+        return next(fits, pattern.get(module, default))
+    except re.error as error:
+        raise ValueError(f"{sorted(pattern)}: no regular expressions: {error}") from error
 
 
 def _misfits(stacks: Mapping[str, list[_Pair]], flat: Mapping[str, Any]) -> Iterator[str]:

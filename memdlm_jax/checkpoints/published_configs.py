@@ -17,6 +17,20 @@ Published = Mapping[str, Any]
 
 Fixed = Mapping[str, tuple]
 
+# What no family has, and other models' configs may ask for: never ignored.
+NOWHERE: Fixed = {
+    "attn_logit_softcapping": (None,),
+    "clip_qkv": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_softcap": (None,),
+    "norm_softmax": (False, None),
+    "quantization_config": (None,),
+    "rope_scaling": (None,),
+    "sliding_window_pattern": (None,),
+    "use_mrope": (False, None),
+    "use_sliding_window": (False, None),
+}
+
 LLADA_FIXED: Fixed = {
     "activation_type": ("silu",),
     "alibi": (False,),
@@ -66,6 +80,8 @@ DREAM_FIXED: Fixed = {
 
 def _common(p: Published) -> dict[str, Any]:
     """Fields that LLaDA-MoE, LLaDA2 and Dream share."""
+    for name in ("hidden_size", "num_attention_heads"):
+        _whole(p, name)
     return {
         "vocab_size": p["vocab_size"],
         "width": p["hidden_size"],
@@ -77,6 +93,20 @@ def _common(p: Published) -> dict[str, Any]:
         "norm_epsilon": p["rms_norm_eps"],
         "tied": bool(p.get("tie_word_embeddings", False)),
     }
+
+
+def _whole(p: Published, name: str) -> None:
+    if not isinstance(p[name], int):
+        raise ValueError(f"{name}={p[name]!r} must be a whole number")
+
+
+def _head_dim(p: Published) -> None:
+    """Refuse heads that do not add up to the width, where the family has no such sizes."""
+    size = p["hidden_size"] // p["num_attention_heads"]
+    if p.get("head_dim") not in (None, size):
+        raise ValueError(
+            f"head_dim={p['head_dim']} is unsupported, only hidden_size / heads={size}"
+        )
 
 
 def _write_common(c: Any) -> dict[str, Any]:
@@ -109,7 +139,7 @@ def read_llada(p: Published) -> LLaDAConfig:
         num_layers=p["n_layers"],
         num_heads=p["n_heads"],
         num_kv_heads=kv_heads,
-        hidden_features=p.get("mlp_hidden_size") or p["mlp_ratio"] * p["d_model"],
+        hidden_features=p.get("mlp_hidden_size") or int(p["mlp_ratio"] * p["d_model"]),
         mask_token_id=p["mask_token_id"],
         max_length=p["max_sequence_length"],
         rope_theta=float(p["rope_theta"]),
@@ -137,6 +167,8 @@ def write_llada(c: LLaDAConfig) -> dict[str, Any]:
 
 def read_llada_moe(p: Published) -> LLaDAMoEConfig:
     """Our config for a published one of LLaDA-MoE."""
+    _whole(p, "hidden_size")
+    _head_dim(p)
     frequency = p.get("moe_layer_freq") or [1] * p["num_hidden_layers"]
     if len(frequency) != p["num_hidden_layers"]:
         raise ValueError(f"moe_layer_freq={frequency} must have num_hidden_layers entries")
@@ -169,7 +201,7 @@ def write_llada_moe(c: LLaDAMoEConfig) -> dict[str, Any]:
 def read_llada2(p: Published) -> LLaDA2Config:
     """Our config for a published one of LLaDA2."""
     head_dim = p.get("head_dim") or p["hidden_size"] // p["num_attention_heads"]
-    turning = int(head_dim * p.get("partial_rotary_factor", 1.0))
+    turning = int(head_dim * (p.get("partial_rotary_factor") or 1.0))
     if p.get("rotary_dim", turning) != turning:
         raise ValueError(
             f"rotary_dim={p['rotary_dim']} must be head_dim={head_dim} times "
@@ -220,6 +252,8 @@ def write_llada2(c: LLaDA2Config) -> dict[str, Any]:
 
 def read_dream(p: Published) -> DreamConfig:
     """Our config for a published one of Dream."""
+    _whole(p, "hidden_size")
+    _head_dim(p)
     return DreamConfig(
         **_common(p),
         mask_token_id=p["mask_token_id"],

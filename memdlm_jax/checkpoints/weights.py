@@ -87,6 +87,7 @@ def files(folder: Path) -> list[Path]:
                 p.name for p in folder.glob("*.pt*")
             )
             hint = f"; {others} are pickles, which are never read" if others else ""
+            hint += f"; {INDEX} lists it: fetch it again" if index.exists() else ""
             raise FileNotFoundError(
                 f"{file} is missing: a model folder holds safetensors weights{hint}"
             )
@@ -100,8 +101,11 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} has no weight_map of names to files: {error!r}") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}: shards must lie in the folder itself")
+        plain = isinstance(name, str) and Path(name).name == name
+        if not (plain and name.endswith(".safetensors")):
+            raise ValueError(
+                f"{index} names {name!r}: shards must be safetensors in the folder itself"
+            )
     return found
 
 

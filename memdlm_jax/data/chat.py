@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -57,6 +58,8 @@ _FAMILIES = (
 _MAX_STEPS = 100_000
 _MAX_CHARACTERS = 10_000_000
 _MAX_EXPONENT = 64
+_MAX_INDENT = 16
+_WIDTH = re.compile(r"\d{5,}")
 _steps: contextvars.ContextVar[Iterator[int]] = contextvars.ContextVar("steps")
 
 
@@ -215,9 +218,24 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         for value in (*args, *kwargs.values()):
             if isinstance(value, int) and abs(value) > _MAX_CHARACTERS:
                 raise jinja2.TemplateRuntimeError(f"the number {value} is too large")
+        _check_text_operation(function, args)
         return _bounded(function(*args, **kwargs))
 
     return call
+
+
+def _check_text_operation(function: Callable[..., Any], args: tuple) -> None:
+    """Refuse widths in format strings, and texts that ``replace`` or ``join`` would multiply."""
+    name, texts = getattr(function, "__name__", ""), [a for a in args if isinstance(a, (str, list))]
+    for method in args:  # a call of a text's own method comes with the method
+        method = getattr(method, "__wrapped__", method)
+        if isinstance(getattr(method, "__self__", None), str):
+            name, texts = method.__name__, [method.__self__, *texts]
+    if "format" in name and any(_WIDTH.search(text) for text in texts if isinstance(text, str)):
+        raise jinja2.TemplateRuntimeError("a width in a format is too large")
+    largest = math.prod(sorted(map(len, texts))[-2:])
+    if name.removeprefix("do_") in ("replace", "join") and largest > _MAX_CHARACTERS:
+        raise jinja2.TemplateRuntimeError("a text is multiplied too often")
 
 
 def _joined(parts: Iterable[str]) -> str:
@@ -267,6 +285,8 @@ def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """JSON without the HTML escapes of Jinja's own filter."""
+    if isinstance(indent := options.get("indent"), int) and indent > _MAX_INDENT:
+        raise jinja2.TemplateRuntimeError(f"indent={indent} is too large")
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 

@@ -53,6 +53,8 @@ class TransformerConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.type is int and type(value) is not int:
+                raise ValueError(f"{field.name}={value!r} must be a whole number")
             least = 1 if field.default is dataclasses.MISSING else 0
             if field.type is int and value < least:
                 raise ValueError(f"{field.name}={value} must be at least {least}")

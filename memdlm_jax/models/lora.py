@@ -30,8 +30,9 @@ class LoraConfig:
     Attributes:
         rank: r.
         alpha: the adapter is scaled by alpha / r, or alpha / sqrt(r) with ``use_rslora``.
-        dropout: in [0, 1); share of an adapter's inputs dropped in training. All passes of one
-            optimiser step share their draws.
+        dropout: in [0, 1); share of an adapter's inputs dropped in training. A matrix draws once
+            per optimiser step: passes over inputs of one shape drop the same ones, and so do, in
+            the layers with fast weights, memories of one batch.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         target_modules: matrices to adapt: paths in a layer, modules above them, or parts of such
             paths (``("q_proj", "v_proj")``, ``("mlp/experts",)``); ``("all-linear",)`` is every
@@ -187,6 +188,11 @@ def with_dropout(theta: Theta, key: Key) -> Theta:
         return dataclasses.replace(adapted, key=jax.random.split(own, adapted.base.shape[0]))
 
     return _map_adapted(one, theta)
+
+
+def set_dropout(theta: Theta, rate: float) -> Theta:
+    """Theta whose adapters all drop their inputs at this rate in training."""
+    return _map_adapted(lambda adapted: dataclasses.replace(adapted, dropout=rate), theta)
 
 
 def merge(theta: Theta) -> Theta:

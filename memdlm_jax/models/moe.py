@@ -109,7 +109,10 @@ class Router(nn.Module):
         s = self.spec
         if s.score == "sigmoid":
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        logits = Linear(s.num_experts, self.kernel_init, self.param_dtype, name="gate")(x)
+        # Accelerators would take float32 products in fewer bits; which expert a token goes to
+        # hangs on small differences.
+        with jax.default_matmul_precision("highest"):
+            logits = Linear(s.num_experts, self.kernel_init, self.param_dtype, name="gate")(x)
         bias = None
         if s.use_selection_bias:
             zeros, shape = nn.initializers.zeros, (s.num_experts,)

@@ -20,8 +20,6 @@ from memdlm_jax.models.lora import Adapted, LoraConfig
 from memdlm_jax.models.quantize import quantized_tree
 from memdlm_jax.typing import partition
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDEN = Path(__file__).parents[1] / "golden" / "backbones"
 BASES = {
     "lora_llada_dense": "llada_dense",

@@ -163,3 +163,20 @@ def test_hidden_spans_come_back():
     hidden, marks = chat.hide(texts, [[(1, 2), (3, 5)], [(0, 1)], []])
     pieces = [chat.split_hidden(text, marks) for text in hidden]
     assert pieces == [["a", 0, "\ue000", 1, ""], ["", 2, ""], [""]]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '{:>600000000}'.format('x') }}",
+        "{{ '%600000000d'|format(1) }}",
+        "{{ messages|tojson(indent=300000000) }}",
+        "{% set a = 'a' * 9000 %}{{ a.replace('a', a) }}",
+        "{% set a = 'a' * 9000 %}{{ a|replace('a', a) }}",
+        "{% set a = 'a' * 9000 %}{{ a.join(a) }}",
+        "{% set a = 'a' * 9000 %}{{ a|join(a) }}",
+    ],
+)
+def test_large_texts_are_refused_before_they_are_made(source):
+    with pytest.raises(ValueError, match=r"too (large|often)"):
+        chat.render_chat(source, [{"role": "user", "content": "hi"}])

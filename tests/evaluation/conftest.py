@@ -11,14 +11,6 @@ from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 WORDS = ("the", "cat", "sat", "on", "mats", "and", "saw", "how", "every", "green", "bird", "flew")
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation():
-    """Compile fast: these models are too small for anything else to matter."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def sentences() -> list[str]:
     """Forty different sentences without digits."""

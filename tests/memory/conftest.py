@@ -7,7 +7,7 @@ from tests.memory import tiny
 
 @pytest.fixture(scope="module")
 def wide():
-    """64-bit types for a whole module, and programs compiled in half the time."""
+    """64-bit types for a whole module."""
     with tiny.float64():
         yield
 

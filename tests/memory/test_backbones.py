@@ -18,8 +18,6 @@ from memdlm_jax.models.quantize import quantized_tree
 from memdlm_jax.typing import Batch, Partitioned, partition
 from tests.models.small import FAMILIES, TOKENS, small
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH = Batch(
     tokens=TOKENS,
     maskable=jnp.arange(9)[None] >= jnp.array([[2], [4]]),

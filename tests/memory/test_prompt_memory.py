@@ -17,9 +17,6 @@ from memdlm_jax.memory.trajectory import Trajectory
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.typing import Batch
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
 MODEL = LLaDA(
     LLaDAConfig(
         vocab_size=20, width=16, num_layers=2, num_heads=2, num_kv_heads=1, hidden_features=24,

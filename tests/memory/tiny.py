@@ -123,9 +123,6 @@ def assert_close(ours, theirs, tolerance):
 
 @contextlib.contextmanager
 def float64():
-    """64-bit types, and programs compiled in half the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    """64-bit types."""
     with jax.enable_x64(True):
         yield
-    jax.config.update("jax_disable_most_optimizations", before)

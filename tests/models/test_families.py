@@ -16,8 +16,6 @@ from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.typing import Denoiser
 from tests.models.small import FAMILIES, MOE, TOKENS, logits, small
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDEN = Path(__file__).parents[1] / "golden" / "backbones"
 
 

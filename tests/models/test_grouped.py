@@ -20,9 +20,6 @@ CHANCES = (0.6, 0.0, 0.1, 0.2, 0.1)
 X64 = pytest.mark.usefixtures("float64")
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 

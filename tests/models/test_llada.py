@@ -13,8 +13,6 @@ from memdlm_jax.models.attention import attend
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.typing import Denoiser
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CONFIG = LLaDAConfig(
     vocab_size=20, width=16, num_layers=3, num_heads=4, num_kv_heads=2, hidden_features=24,
     mask_token_id=1, max_length=32,

@@ -14,8 +14,6 @@ from memdlm_jax.models.quantize import quantize, quantized_tree
 from memdlm_jax.typing import merged, partition
 from tests.models.small import FAMILIES, logits, small
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CONFIG = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
 
 

@@ -11,8 +11,6 @@ from flax import linen as nn
 from memdlm_jax.models import moe
 from memdlm_jax.models.moe import Mixture, MixtureSpec
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SOFTMAX = MixtureSpec(num_experts=6, experts_per_token=2, features=5)
 SIGMOID = MixtureSpec(
     num_experts=8, experts_per_token=3, features=5, shared_features=4, score="sigmoid",
