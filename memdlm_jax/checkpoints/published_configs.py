@@ -80,8 +80,6 @@ DREAM_FIXED: Fixed = {
 
 def _common(p: Published) -> dict[str, Any]:
     """Fields that LLaDA-MoE, LLaDA2 and Dream share."""
-    for name in ("hidden_size", "num_attention_heads"):
-        _whole(p, name)
     return {
         "vocab_size": p["vocab_size"],
         "width": p["hidden_size"],
@@ -95,13 +93,15 @@ def _common(p: Published) -> dict[str, Any]:
     }
 
 
-def _whole(p: Published, name: str) -> None:
-    if not isinstance(p[name], int):
-        raise ValueError(f"{name}={p[name]!r} must be a whole number")
+def _check_whole(p: Published, *names: str) -> None:
+    for name in names:
+        if not isinstance(p[name], int):
+            raise ValueError(f"{name}={p[name]!r} must be a whole number")
 
 
-def _head_dim(p: Published) -> None:
+def _check_head_dim(p: Published) -> None:
     """Refuse heads that do not add up to the width, where the family has no such sizes."""
+    _check_whole(p, "hidden_size", "num_attention_heads")
     size = p["hidden_size"] // p["num_attention_heads"]
     if p.get("head_dim") not in (None, size):
         raise ValueError(
@@ -167,8 +167,7 @@ def write_llada(c: LLaDAConfig) -> dict[str, Any]:
 
 def read_llada_moe(p: Published) -> LLaDAMoEConfig:
     """Our config for a published one of LLaDA-MoE."""
-    _whole(p, "hidden_size")
-    _head_dim(p)
+    _check_head_dim(p)
     frequency = p.get("moe_layer_freq") or [1] * p["num_hidden_layers"]
     if len(frequency) != p["num_hidden_layers"]:
         raise ValueError(f"moe_layer_freq={frequency} must have num_hidden_layers entries")
@@ -200,6 +199,7 @@ def write_llada_moe(c: LLaDAMoEConfig) -> dict[str, Any]:
 
 def read_llada2(p: Published) -> LLaDA2Config:
     """Our config for a published one of LLaDA2."""
+    _check_whole(p, "hidden_size", "num_attention_heads")
     head_dim = p.get("head_dim") or p["hidden_size"] // p["num_attention_heads"]
     turning = int(head_dim * (p.get("partial_rotary_factor") or 1.0))
     if p.get("rotary_dim", turning) != turning:
@@ -252,8 +252,7 @@ def write_llada2(c: LLaDA2Config) -> dict[str, Any]:
 
 def read_dream(p: Published) -> DreamConfig:
     """Our config for a published one of Dream."""
-    _whole(p, "hidden_size")
-    _head_dim(p)
+    _check_head_dim(p)
     return DreamConfig(
         **_common(p),
         mask_token_id=p["mask_token_id"],

@@ -280,3 +280,40 @@ def test_the_host_holds_no_more_than_a_shard(tmp_path):
         capture_output=True, text=True, check=True, env=own,
     )  # fmt: skip
     assert int(said.stdout) <= 1.1 * largest
+
+
+_SHARDED = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.models.quantize import quantize
+
+mesh = Mesh(np.array(jax.devices()), ("x",))
+
+def where(path, shape):
+    last = PartitionSpec(*[None] * (len(shape) - 1), "x")
+    return NamedSharding(mesh, last if shape[-1] % 4 == 0 else PartitionSpec())
+
+def narrow(path, matrices):
+    return matrices if "/router/" in path else quantize(matrices, "nf4")
+
+for transform in (None, narrow):
+    _, whole = hugging_face.load(sys.argv[1], transform=transform)
+    _, parts = hugging_face.load(
+        sys.argv[1], transform=transform, sharding=where, piece_bytes=4000
+    )
+    same = jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), whole, parts)
+    assert jax.tree.all(same)
+    up = jax.tree.leaves(parts["layers"]["mlp"]["experts"]["up_proj"]["kernel"])[0]
+    assert len(up.sharding.device_set) == 4
+    assert up.addressable_shards[0].data.shape[-1] == up.shape[-1] // 4
+"""
+
+
+def test_leaves_are_written_onto_several_devices():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    subprocess.run(
+        [sys.executable, "-c", _SHARDED, str(GOLDEN / "llada_moe")],
+        env=os.environ | {"XLA_FLAGS": flags}, check=True, timeout=300,
+    )  # fmt: skip
