@@ -170,8 +170,17 @@ def test_the_precision_set_where_it_is_written_is_kept(name):
             *map(np.float32, operands)
         )
     text = program.mlir_module()
-    assert text.count('precision_config = ["HIGHEST", "HIGHEST"]') == 2
+    # The gradient of the matrices is a kernel, whose own products do not show in this text.
+    count = {"matmul": 1, "outer": 2}[name]
+    assert text.count('precision_config = ["HIGHEST", "HIGHEST"]') == count
     assert '"DEFAULT"' not in text
+
+
+def test_the_kernel_of_tpus_keeps_the_precision():
+    x, sizes = jnp.zeros((256, 128)), jnp.array([100, 156])
+    with jax.default_matmul_precision("float32"):
+        program = str(jax.make_jaxpr(grouped._tiled_outer)(x, x, sizes))
+    assert program.count("dot_general") == 1 and "Precision.HIGHEST" in program
 
 
 def network(params, index, implementation):
