@@ -68,23 +68,6 @@ def ragged_lowering(name):
     )
 
 
-@pytest.mark.parametrize("rows", [37, 300])
-def test_the_kernel_of_tpus_equals_a_plain_loop(rows):
-    """Interpreted; a group without rows, groups that end within a tile, rows of no whole tile."""
-    rng = np.random.default_rng(0)
-    index = np.sort(rng.choice([0, 2, 3], rows))
-    x, y = (rng.normal(size=(rows, n)).astype(np.float32) for n in (IN, OUT))
-    product = functools.partial(grouped._tiled_outer, interpret=True)
-    found = grouped._lower_outer(
-        product, jnp.asarray(x), jnp.asarray(y), jnp.asarray(index), num_groups=GROUPS,
-        is_sorted=True, precision=None,
-    )  # fmt: skip
-    expected = np.zeros((GROUPS, IN, OUT))
-    for t in range(rows):
-        expected[index[t]] += np.outer(x[t], y[t])
-    np.testing.assert_allclose(found, expected, atol=2e-4)
-
-
 @X64
 @each_product
 @pytest.mark.parametrize("is_sorted", [False, True])
@@ -174,13 +157,6 @@ def test_the_precision_set_where_it_is_written_is_kept(name):
     count = {"matmul": 1, "outer": 2}[name]
     assert text.count('precision_config = ["HIGHEST", "HIGHEST"]') == count
     assert '"DEFAULT"' not in text
-
-
-def test_the_kernel_of_tpus_keeps_the_precision():
-    x, sizes = jnp.zeros((256, 128)), jnp.array([100, 156])
-    with jax.default_matmul_precision("float32"):
-        program = str(jax.make_jaxpr(grouped._tiled_outer)(x, x, sizes))
-    assert program.count("dot_general") == 1 and "Precision.HIGHEST" in program
 
 
 def network(params, index, implementation):
