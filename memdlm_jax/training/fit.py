@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
@@ -88,11 +87,4 @@ def require(need: Need, limit: int | None) -> None:
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes of all leaves; keys count as their words."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            total += math.prod(leaf.shape) * 8
-        else:
-            total += math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
-    return total
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
