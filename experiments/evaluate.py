@@ -27,7 +27,7 @@ from memdlm_jax.data.prepare import installed_version
 from memdlm_jax.data.sft import Row
 from memdlm_jax.data.text import Split
 from memdlm_jax.data.tokenizer import Tokenizer
-from memdlm_jax.diffusion.decode import DecodeConfig
+from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import likelihood, needles, report
 from memdlm_jax.evaluation.likelihood import LikelihoodConfig
 from memdlm_jax.evaluation.needles import NeedleSuite

@@ -20,7 +20,7 @@ from ml_collections import config_dict
 
 from experiments import _cli, _memory, _model
 from memdlm_jax.data.example import Example
-from memdlm_jax.diffusion.decode import DecodeConfig
+from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation.samples import denoising_history
 from memdlm_jax.evaluation.systems import System, prompt_ids, reply
 from memdlm_jax.memory.config import MemoryConfig

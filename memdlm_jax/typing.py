@@ -75,6 +75,9 @@ def merged(theta: Theta) -> Theta:
 Phi = Any
 """Fast weights, the Parametric Memory: a plain pytree of arrays; ``None`` is no memory."""
 
+Cache = Any
+"""Keys and values of layers: a dict of arrays [layers, b, columns, ...]."""
+
 Tokens = Int[Array, "b l"]
 Mask = Bool[Array, "b l"]
 Hidden = Float[Array, "b l d"]
@@ -156,4 +159,47 @@ class Denoiser(Protocol):
 
         ``layers`` counts those of the head that have it; experts have an axis of their own.
         """
+        ...
+
+
+@runtime_checkable
+class CachingDenoiser(Denoiser, Protocol):
+    """A denoiser that can run on some columns of a row, attending to the cached rest.
+
+    A cache holds the keys and values of layers at columns of a row. Both functions return what
+    their namesake returns at the given columns, and the keys and values of these columns, which
+    with ``cache=None`` are a first cache. The keys of ``attend`` are the cached columns and behind
+    them the given ones: a column that is in both must be seen once.
+    """
+
+    @property
+    def lookback(self) -> int:
+        """Columns that must stand before the first one that predictions are wanted at."""
+        ...
+
+    def trunk_with_cache(
+        self,
+        theta: Theta,
+        tokens: Tokens,
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        cache: Cache | None = None,
+        *,
+        split: int,
+    ) -> tuple[Hidden, Cache]:
+        """``trunk`` with keys and values."""
+        ...
+
+    def head_with_cache(
+        self,
+        theta: Theta,
+        phi: Phi,
+        hidden: Hidden,
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        cache: Cache | None = None,
+        *,
+        split: int,
+    ) -> tuple[Hidden, Cache]:
+        """``head`` with keys and values."""
         ...

@@ -1,56 +1,152 @@
 """Which tokens to propose at masked positions, and which proposals to commit."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.typing import Key
 
 
-def even_quotas(count: int, steps: int) -> list[int]:
-    """Commits of each step when ``count`` positions are shared evenly over ``steps``.
+@flax.struct.dataclass
+class Proposal:
+    """A token for every position, and how good it is.
 
-    The first ``count % steps`` steps commit one more, as LLaDA's sampler does (Nie et al.,
-    arXiv 2502.09992, low-confidence remasking).
-
-    Raises:
-        ValueError: a step would commit nothing.
+    Attributes:
+        tokens: [b, c] int32.
+        probability: [b, c], of the token.
+        score: [b, c], by which commits are ordered, larger first.
     """
-    if not 1 <= steps <= count:
-        raise ValueError(f"steps={steps} must lie in [1, {count}]: every step commits a token")
-    base, more = divmod(count, steps)
-    return [base + (step < more) for step in range(steps)]
+
+    tokens: Int[Array, "b c"]
+    probability: Float[Array, "b c"]
+    score: Float[Array, "b c"]
 
 
 def propose(
-    keys: Key, logits: Float[Array, "b c v"], temperature: float, mask_token_id: int
-) -> Int[Array, "b c"]:
-    """Choose a token for every position: argmax(logits + temperature * Gumbel noise).
+    keys: Key, logits: Float[Array, "b c v"], config: DecodeConfig, mask_token_id: int
+) -> Proposal:
+    """Choose a token for every position and score it.
 
     The mask token is never proposed. Committed, it would look like a position still to be filled:
     the commits that remain would no longer be enough, and masks would be left in the text.
 
     Args:
-        keys: [b] one PRNG key per row, so that a row's noise is its own; unread at temperature 0.
+        keys: [b] one PRNG key per row, so that a row's noise is its own.
         logits: [b, c, v].
-        temperature: 0 is the most probable token, 1 a sample of the model.
+        config: temperature, truncation, order and tokens to suppress.
         mask_token_id: id of the mask token.
-
-    Returns:
-        [b, c] int32; of equal logits the smallest id wins.
     """
-    if temperature > 0:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
-        logits = logits + temperature * noise
-    logits = logits.at[..., mask_token_id].set(-jnp.inf)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    noise_keys, order_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+    logits = logits.at[..., config.suppress].set(-jnp.inf) if config.suppress else logits
+    choices = logits.at[..., mask_token_id].set(-jnp.inf)
+    if config.temperature > 0:
+        choices = choices / config.temperature
+    choices = truncate(choices, config.top_k, config.top_p)
+    tokens = sample(noise_keys, choices, config)
+    # The mask token keeps its share of the model's own distribution: a model that would rather
+    # leave a position masked is not sure of its second choice.
+    judged = logits if config.scores == "model" else choices
+    if config.defer:
+        judged = judged.at[..., config.defer].set(-jnp.inf)
+    log_p = jax.nn.log_softmax(judged, axis=-1)
+    picked = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+    probability = jnp.exp(picked)
+    if config.order == "margin":
+        best = jnp.exp(jax.lax.top_k(log_p, 2)[0])
+        score = best[..., 0] - best[..., 1]
+    elif config.order == "entropy":
+        p = jnp.exp(log_p)
+        score = jnp.sum(p * jnp.log(p + 1e-10), axis=-1)
+    elif config.order in ("random", "independent"):
+        draw = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))
+        score = draw(order_keys)
+    else:
+        score = probability
+    if config.defer:
+        score = jnp.where(jnp.isin(tokens, jnp.array(config.defer)), -jnp.inf, score)
+    if config.order_temperature > 0:
+        draw = jax.vmap(lambda key: jax.random.gumbel(key, tokens.shape[1:]))
+        score = score / config.order_temperature + draw(jax.vmap(_other)(order_keys))
+    return Proposal(tokens, probability, score)
 
 
-def confidence(logits: Float[Array, "b c v"], tokens: Int[Array, "b c"]) -> Float[Array, "b c"]:
-    """Probability of each token under the plain softmax, no noise, mask token included."""
-    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return jnp.exp(picked - jax.nn.logsumexp(logits, axis=-1))
+def _other(key: Key) -> Key:
+    return jax.random.fold_in(key, 1)
+
+
+def sample(keys: Key, choices: Float[Array, "b c v"], config: DecodeConfig) -> Int[Array, "b c"]:
+    """Argmax, with Gumbel noise if the temperature is not 0; of equal logits the smallest id wins.
+
+    Args:
+        keys: [b] one PRNG key per row; unread at temperature 0.
+        choices: [b, c, v] logits, already divided by the temperature.
+        config: temperature and the precision of the noise.
+
+    Raises:
+        ValueError: the noise is to be float64, and JAX's 64-bit mode is off.
+    """
+    if config.temperature > 0:
+        dtype = jnp.dtype(config.noise)
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError("decode.noise='float64' needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")
+
+        def draw(key):
+            # ``high``: float32's plain Gumbel noise never exceeds 17, so that rare tokens of a
+            # large vocabulary would be drawn less often than they should be.
+            return jax.random.gumbel(key, choices.shape[1:], dtype, mode="high")
+
+        choices = choices + jax.vmap(draw)(keys)
+    return jnp.argmax(choices, axis=-1).astype(jnp.int32)
+
+
+def truncate(logits: Float[Array, "b c v"], top_k: int, top_p: float) -> Float[Array, "b c v"]:
+    """Put -inf on all but the most probable tokens.
+
+    Args:
+        logits: [b, c, v].
+        top_k: so many are kept; 0 for all. Tokens as probable as the last one stay as well.
+        top_p: of those, the most probable are kept until their probabilities, the last one's
+            included, reach this; 1 for all.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p < 1:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        p = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p
+        least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def choose(
+    proposal: Proposal,
+    candidates: Bool[Array, "b c"],
+    config: DecodeConfig,
+    quota: Int[Array, ""],
+    share: Float[Array, ""],
+) -> Bool[Array, "b c"]:
+    """Which candidates to commit in this step.
+
+    Args:
+        proposal: tokens and scores.
+        candidates: [b, c], the masked positions that may be filled.
+        config: order and threshold.
+        quota: number of commits where no threshold decides.
+        share: probability of a commit under ``independent``; 1 commits all.
+    """
+    if config.order == "independent":
+        return candidates & ((proposal.score >= 1 - share) | (share >= 1))
+    best = most_confident(proposal.score, candidates, quota)
+    if config.threshold is None:
+        return best
+    sure = candidates & (proposal.probability > config.threshold)
+    enough = jnp.sum(sure, axis=-1, keepdims=True) >= quota
+    return jnp.where(enough, sure, best)
 
 
 def most_confident(
@@ -60,7 +156,8 @@ def most_confident(
 
     A row with fewer candidates has all of them picked.
     """
-    order = jnp.argsort(jnp.where(candidates, -scores, jnp.inf), axis=-1, stable=True)
+    last = jnp.where(candidates, 0, 1)  # Behind every candidate, whatever its score.
+    order = jnp.lexsort((-scores, last), axis=-1)
     ranks = jnp.argsort(order, axis=-1)
     return candidates & (ranks < count)
 

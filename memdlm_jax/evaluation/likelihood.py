@@ -15,10 +15,11 @@ from memdlm_jax.data.sft import EncodeConfig, Encoder, Row
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion import masking, objective
 from memdlm_jax.evaluation import statistics
-from memdlm_jax.evaluation.systems import System, write_prompts
+from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.learned import InnerParameters
+from memdlm_jax.memory.prompt_memory import write_prompts
 from memdlm_jax.typing import Batch, Denoiser, Key, Theta
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -124,7 +125,7 @@ def row_losses(
     phi, split = None, denoiser.num_layers
     if memory is not None:
         prompt = batch.valid & ~batch.maskable
-        phi = write_prompts(memory_keys, denoiser, memory, theta, batch.tokens, prompt, inner)
+        phi, _ = write_prompts(memory_keys, denoiser, memory, theta, batch.tokens, prompt, inner)
         split = fast_weights.split_of(denoiser, memory)
     maskable = batch.maskable.sum(-1)
 

@@ -15,7 +15,7 @@ from memdlm_jax.data.needles import (
     string_match_all,
 )
 from memdlm_jax.data.tokenizer import Tokenizer
-from memdlm_jax.diffusion.decode import DecodeConfig
+from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import statistics
 from memdlm_jax.evaluation.systems import System, prompt_ids, reply
 

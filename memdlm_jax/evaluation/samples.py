@@ -8,7 +8,8 @@ import numpy as np
 
 from memdlm_jax.data.sft import Row
 from memdlm_jax.data.tokenizer import Tokenizer
-from memdlm_jax.diffusion.decode import DecodeConfig, Decoded
+from memdlm_jax.diffusion.decode import Decoded
+from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation.systems import System, reply
 
 

@@ -1,22 +1,22 @@
 """The three systems under comparison, and how each answers prompts."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.sft import EncodeConfig, Encoder
 from memdlm_jax.data.tokenizer import Tokenizer
-from memdlm_jax.diffusion import decode, unmasking
-from memdlm_jax.diffusion.decode import DecodeConfig, Decoded
-from memdlm_jax.memory import fast_weights, prompt_memory
+from memdlm_jax.diffusion import canvas, unmasking
+from memdlm_jax.diffusion.decode import Decoded
+from memdlm_jax.diffusion.samplers import DecodeConfig
+from memdlm_jax.memory import generation
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.generation import Generator
 from memdlm_jax.memory.learned import InnerParameters
-from memdlm_jax.typing import Denoiser, Key, Mask, Phi, Theta, Tokens
+from memdlm_jax.typing import Denoiser, Theta
 
 NAMES = ("mdlm", "memdlm_train_only", "memdlm")
 
@@ -118,6 +118,7 @@ def respond(
     pad_token_id: int,
     max_length: int,
     batch_size: int = 8,
+    record: bool = False,
 ) -> Decoded:
     """Answer every prompt; compiled once for all batches of one width.
 
@@ -131,6 +132,7 @@ def respond(
         pad_token_id: fills the columns before short prompts.
         max_length: longest canvas, prompt and answer together, in tokens.
         batch_size: rows decoded at a time; the last batch repeats its last row to fill up.
+        record: keep the window after every step.
 
     Returns:
         ``Decoded`` with numpy leaves [n, config.length].
@@ -140,100 +142,49 @@ def respond(
     """
     room = max_length - config.length
     longest = max(map(len, prompts), default=0)
+    context = None
     if longest > room:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens; it must have at most {room} "
-            f"(max_length={max_length} less decode.length={config.length})"
-        )
-    # A multiple of 16, so that tasks of like length share a compilation.
-    width = min(room, -(-longest // 16) * 16)
-    tokens, valid = decode.pad_left(prompts, width, pad_token_id)
+        chunk = system.memory.prompt_chunk if system.memory else 0
+        if not chunk:
+            raise ValueError(
+                f"the longest prompt has {longest} tokens; it must have at most {room} "
+                f"(max_length={max_length} less decode.length={config.length}). With memory, "
+                "memory.prompt_chunk lets longer ones be written in pieces, and their end be shown"
+            )
+        if chunk > max_length:
+            raise ValueError(f"memory.prompt_chunk={chunk} must be at most max_length={max_length}")
+        context = canvas.pad_left(prompts, _rounded(longest), pad_token_id)
+        prompts = [prompt[-room:] for prompt in prompts]
+        longest = room
+    tokens, valid = canvas.pad_left(prompts, min(room, _rounded(longest)), pad_token_id)
+    generator = Generator(system.denoiser, system.memory, config)
     n, root, parts = len(prompts), jax.random.key(seed), []
     batch_size = min(batch_size, n)
     for start in range(0, n, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), n - 1)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, rows)
-        parts.append(
-            jax.device_get(
-                respond_to_batch(
-                    system.denoiser, system.memory, config, system.theta, keys,
-                    tokens[rows], valid[rows], system.inner,
-                )
-            )
+        written = None if context is None else (context[0][rows], context[1][rows])
+        decoded = generation.generate(
+            generator, system.theta, keys, tokens[rows], valid[rows], system.inner,
+            context=written, record=record,
         )  # fmt: skip
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)
+        parts.append(jax.device_get(decoded))
+    return _joined(parts, n)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def respond_to_batch(
-    denoiser: Denoiser,
-    memory: MemoryConfig | None,
-    config: DecodeConfig,
-    theta: Theta,
-    keys: Key,
-    prompts: Tokens,
-    valid: Mask,
-    inner: InnerParameters | None = None,
-) -> Decoded:
-    """Write the prompts into memory, if there is one, and decode.
-
-    Args:
-        denoiser: the backbone.
-        memory: how prompts are written, or ``None``.
-        config: sampler settings.
-        theta: base parameters.
-        keys: [b] one PRNG key per row.
-        prompts: [b, p] int32, padded on the left.
-        valid: [b, p] bool, False on padding.
-        inner: the learned inner loop's parameters.
-    """
-    memory_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-    phi, split = None, denoiser.num_layers
-    if memory is not None:
-        # Draws are by column: with its padding behind it, a prompt has the columns it has alone.
-        padding = jnp.sum(~valid, axis=1)
-        tokens, seen = (jax.vmap(jnp.roll)(x, -padding) for x in (prompts, valid))
-        phi = write_prompts(memory_keys, denoiser, memory, theta, tokens, seen, inner)
-        split = fast_weights.split_of(denoiser, memory)
-    seen, position_ids = decode.canvas_layout(valid, config.length)
-
-    def predict(canvas, columns):
-        hidden = denoiser.trunk(theta, canvas, seen, position_ids, split=split)
-        last = fast_weights.head_with_memory(
-            denoiser, theta, phi, hidden, seen, position_ids, split=split
-        )
-        return denoiser.readout(theta, last[:, columns])
-
-    return decode.decode(predict, noise_keys, prompts, config, denoiser.mask_token_id)
+def _rounded(length: int) -> int:
+    """A multiple of 16, so that tasks of like length share a compilation."""
+    return -(-length // 16) * 16
 
 
-def write_prompts(
-    keys: Key,
-    denoiser: Denoiser,
-    memory: MemoryConfig,
-    theta: Theta,
-    prompts: Tokens,
-    valid: Mask,
-    inner: InnerParameters | None = None,
-) -> Phi:
-    """Write each row's prompt into fast weights of its own, with a key of its own.
+def _joined(parts: Sequence[Decoded], n: int) -> Decoded:
+    """The first n rows of the batches in one; counts of passes are added up."""
 
-    Args:
-        keys: [b] one PRNG key per row.
-        denoiser: the backbone.
-        memory: how prompts are written.
-        theta: base parameters.
-        prompts: [b, p] int32, beginning in column 0.
-        valid: [b, p] bool, False on what is not prompt.
-        inner: the learned inner loop's parameters.
+    def rows(name):
+        return np.concatenate([getattr(part, name) for part in parts])[:n]
 
-    Returns:
-        Phi with one group per row.
-    """
-
-    def write(key, tokens, valid):
-        rows = tokens[None], valid[None]
-        phi, _ = prompt_memory.write_prompt(key, denoiser, memory, theta, *rows, inner=inner)
-        return jax.tree.map(lambda leaf: leaf[0], phi)
-
-    return jax.vmap(write)(keys, prompts, valid)
+    names = ["tokens", "commit_step", "confidence", "steps"]
+    names += ["history"] * (parts[0].history is not None)
+    whole, partial = (np.sum([getattr(p, name) for p in parts]) for name in ("whole", "parts"))
+    joined = {name: rows(name) for name in names}
+    return dataclasses.replace(parts[0], **joined, whole=whole, parts=partial)

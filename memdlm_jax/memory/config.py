@@ -24,6 +24,10 @@ class MemoryConfig:
             positions where the anchor masks n.
         prompt_mask_ratio: in (0, 1]; anchor mask ratio when a prompt is written into memory, and
             the last ratio of ``progressive_memory``.
+        prompt_chunk: longest piece, in tokens, that a prompt is written in; 0 writes it whole, so
+            that it must fit the model. Pieces are written one after the other.
+        adapt_every: blocks between further inner steps on prompt and committed text while
+            decoding; 0 for none, as in the paper, which names it as future work.
         padding: what becomes of supervised padding (``Batch.padding``): masked and learnt like a
             response (``none``), left visible in the inner loop (``inner``), or there and in the
             outer loss (``both``).
@@ -68,6 +72,8 @@ class MemoryConfig:
     epochs: int = 1
     pre_anchor_scale: float = 1.5
     prompt_mask_ratio: float = 0.2
+    prompt_chunk: int = 0
+    adapt_every: int = 0
     padding: Literal["none", "inner", "both"] = "none"
     loss: Literal["ce", "distill", "distill_reverse", "distill_hidden"] = "ce"
     hidden_distance: Literal["mse", "cosine"] = "mse"
@@ -95,6 +101,8 @@ class MemoryConfig:
                 self._one_of(field, getattr(self, field), typing.get_args(hint))
         for field in ("steps", "epochs", "rank"):
             self._require(field, getattr(self, field) >= 1, "at least 1")
+        for field in ("prompt_chunk", "adapt_every"):
+            self._require(field, getattr(self, field) >= 0, "at least 0")
         for field in ("learning_rate", "clip_norm", "alpha", "temperature"):
             self._require(field, 0 < getattr(self, field) < math.inf, "positive and finite")
         self._require("pre_anchor_scale", 1 <= self.pre_anchor_scale < math.inf, "at least 1")

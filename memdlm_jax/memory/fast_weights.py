@@ -15,7 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.typing import Denoiser, Hidden, Key, Mask, Phi, Theta, Tokens
+from memdlm_jax.typing import (
+    Cache,
+    CachingDenoiser,
+    Denoiser,
+    Hidden,
+    Key,
+    Mask,
+    Phi,
+    Theta,
+    Tokens,
+)
 
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
 """A product of activations [..., in] and a matrix [..., in, out]: of the whole, or by expert."""
@@ -207,6 +217,34 @@ def head_with_memory(
         return denoiser.head(theta, phi, *rows, split=split)
 
     return ungroup_rows(jax.vmap(one_group)(phi, rows))
+
+
+def cached_head_with_memory(
+    denoiser: CachingDenoiser,
+    theta: Theta,
+    phi: Phi,
+    hidden: Hidden,
+    valid: jax.Array | None,
+    position_ids: Tokens | None,
+    cache: Cache | None,
+    *,
+    split: int,
+) -> tuple[Hidden, Cache]:
+    """``head_with_memory`` on some columns; see ``typing.CachingDenoiser``."""
+    inputs = hidden, valid, position_ids
+    if phi is None:
+        return denoiser.head_with_cache(theta, None, *inputs, cache, split=split)
+    groups = number_of_groups(phi)
+
+    def one_group(phi, rows, cache):
+        return denoiser.head_with_cache(theta, phi, *rows, cache, split=split)
+
+    # Leaves of a cache have their rows behind the layers.
+    parted = jax.tree.map(lambda x: x.reshape(x.shape[0], groups, -1, *x.shape[2:]), cache)
+    mapped = jax.vmap(one_group, (0, 0, 1), (0, 1))
+    last, own = mapped(phi, group_rows(inputs, groups), parted)
+    joined = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), own)
+    return ungroup_rows(last), joined
 
 
 def number_of_groups(phi: Phi) -> int:

@@ -26,8 +26,9 @@ def write_prompt(
     valid: Mask,
     position_ids: Tokens | None = None,
     inner: InnerParameters | None = None,
+    phi: Phi = None,
 ) -> tuple[Phi, InnerStep]:
-    """Adapt fresh fast weights to each row's own prompt, every row alone.
+    """Adapt fast weights to each row's own prompt, every row alone.
 
     Every valid prompt token is maskable and its own target; the anchor masks each with probability
     ``prompt_mask_ratio``, the states before it as in training, and all rows weigh the same (the
@@ -42,6 +43,7 @@ def write_prompt(
         valid: [b, l] bool, False on padding.
         position_ids: [b, l] int32, or ``None`` for 0 .. l-1.
         inner: the learned inner loop's parameters.
+        phi: fast weights that have been written before, one group per row; ``None`` starts afresh.
 
     Returns:
         (phi with one group per row, record of the inner steps).
@@ -57,8 +59,83 @@ def write_prompt(
     if config.distils and trajectory.after is None:
         anchor_tokens = masking.apply_mask(tokens, anchor, denoiser.mask_token_id)
         trajectory = dataclasses.replace(trajectory, after=anchor_tokens)
-    phi = fast_weights.init(phi_key, denoiser, config, rows)
+    if phi is None:
+        phi = learned.started(inner, fast_weights.init(phi_key, denoiser, config, rows))
     return adapt_to(denoiser, config, theta, phi, trajectory, valid, position_ids, inner)
+
+
+def write_prompts(
+    keys: Key,
+    denoiser: Denoiser,
+    config: MemoryConfig,
+    theta: Theta,
+    tokens: Tokens,
+    valid: Mask,
+    inner: InnerParameters | None = None,
+    phi: Phi = None,
+) -> tuple[Phi, InnerStep]:
+    """Write each row's prompt into fast weights of its own, with a key of its own.
+
+    With ``config.prompt_chunk`` a prompt is cut into as many pieces of about one size as it takes
+    for each to have at most so many tokens, and they are written one after the other, each read
+    alone, from position 0 on.
+
+    Args:
+        keys: [b] one PRNG key per row.
+        denoiser: the backbone.
+        config: memory settings.
+        theta: base parameters.
+        tokens: [b, p] int32, beginning in column 0.
+        valid: [b, p] bool, False on what is not prompt.
+        inner: the learned inner loop's parameters.
+        phi: fast weights that have been written before, one group per row; ``None`` starts afresh.
+
+    Returns:
+        (phi with one group per row, record of the inner steps [steps, rows]; with pieces
+        [pieces, steps, rows], NaN for the pieces that a shorter prompt does not have).
+    """
+
+    def write(key, tokens, valid, phi):
+        rows = tokens[None], valid[None]
+        phi = None if phi is None else jax.tree.map(lambda leaf: leaf[None], phi)
+        if config.prompt_chunk:
+            phi, record = _write_pieces(key, denoiser, config, theta, *rows, inner, phi)
+        else:
+            phi, record = write_prompt(key, denoiser, config, theta, *rows, inner=inner, phi=phi)
+        return jax.tree.map(lambda leaf: leaf[0], phi), jax.tree.map(lambda x: x[..., 0], record)
+
+    return jax.vmap(write, out_axes=(0, -1))(keys, tokens, valid, phi)
+
+
+def _write_pieces(key, denoiser, config, theta, tokens, valid, inner, phi):
+    """``write_prompt`` of one row's pieces, in order."""
+    width = min(config.prompt_chunk, tokens.shape[1])
+    count = jnp.sum(valid)
+    size = -(-count // jnp.maximum(-(-count // width), 1))
+    phi_key, key = jax.random.split(key)
+    if phi is None:
+        phi = learned.started(inner, fast_weights.init(phi_key, denoiser, config, 1))
+
+    def write(phi, number):
+        own = jnp.arange(width)
+        at = number * size + own
+        present = (own < size) & (at < count)
+        piece = jnp.where(present, tokens[0, jnp.minimum(at, tokens.shape[1] - 1)], 0)
+        new, record = write_prompt(
+            jax.random.fold_in(key, number), denoiser, config, theta, piece[None], present[None],
+            inner=inner, phi=phi,
+        )  # fmt: skip
+        there = jnp.any(present)
+        new = jax.tree.map(lambda a, b: jnp.where(there, a, b), new, phi)
+        none = dataclasses.replace(
+            record,
+            loss=jnp.where(there, record.loss, jnp.nan),
+            gradient_norm=jnp.where(there, record.gradient_norm, jnp.nan),
+            skipped=record.skipped & there,
+        )
+        return new, none
+
+    return jax.lax.scan(write, phi, jnp.arange(-(-tokens.shape[1] // width)))
 
 
 def adapt_to(
@@ -97,6 +174,6 @@ def adapt_to(
     )
     loss = losses.build(denoiser, config) if inner_loss is None else inner_loss
     return inner_loop.adapt(
-        inner_loop.constant_gradient(loss), theta, learned.started(inner, phi), steps,
+        inner_loop.constant_gradient(loss), theta, phi, steps,
         meta_gradient.optimizer_of(config, inner, inner_optimizer),
     )  # fmt: skip

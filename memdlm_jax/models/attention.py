@@ -9,6 +9,9 @@ import numpy as np
 
 from memdlm_jax.models.layers import Initializer, Linear, RMSNorm
 
+KeysAndValues = tuple[jax.Array, jax.Array]
+"""Rotated keys and values, each [b, k, kv_heads, head_dim]."""
+
 
 def rotary(
     x: jax.Array, position_ids: jax.Array, theta: float, channels: int | None = None
@@ -73,10 +76,25 @@ def _weights(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.where(jnp.any(mask, axis=-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0)
 
 
+def sees_block(query_positions: jax.Array, key_positions: jax.Array, block: int) -> jax.Array:
+    """Mask under which a token sees its own block and those before it, by positions.
+
+    Args:
+        query_positions: [b, q] int32; a row's positions count from its first token, so that
+            padding before it does not move its blocks.
+        key_positions: [b, k] int32.
+        block: tokens of a block, at least 1.
+
+    Returns:
+        [b, q, k] bool.
+    """
+    return query_positions[:, :, None] // block >= key_positions[:, None, :] // block
+
+
 def block_causal(length: int, block: int) -> np.ndarray:
     """Mask under which a token sees its own block and those before it.
 
-    Blocks are counted from index 0 of the row, whatever the position ids (LLaDA2.0 decoding).
+    Blocks are counted from index 0 of the row (LLaDA2.0 decoding).
 
     Args:
         length: tokens of the row.
@@ -150,8 +168,18 @@ class Attention(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, position_ids: jax.Array) -> jax.Array:
-        """Map [b, l, d] to [b, l, d]; ``mask`` as in ``attend``."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        position_ids: jax.Array,
+        cached: KeysAndValues | None = None,
+    ) -> tuple[jax.Array, KeysAndValues]:
+        """Map [b, l, d] to [b, l, d] and the keys and values of x itself.
+
+        ``mask`` as in ``attend``; its keys are those of ``cached`` [b, k, kv_heads, head_dim],
+        which are attended to as well, and behind them x's own.
+        """
         s = self.spec
         query, key, value = self._project(x)
         if s.normalise_heads:
@@ -159,8 +187,13 @@ class Attention(nn.Module):
             key = RMSNorm(s.norm_epsilon, self.param_dtype, name="k_norm")(key)
         query = rotary(query, position_ids, s.rope_theta, s.rotary_channels)
         key = rotary(key, position_ids, s.rope_theta, s.rotary_channels)
+        own = key, value
+        if cached is not None:
+            pairs = zip(cached, own, strict=True)
+            key, value = (jnp.concatenate(pair, axis=1) for pair in pairs)
         mixed = attend(query, key, value, mask).reshape(*x.shape[:-1], -1)
-        return Linear(x.shape[-1], self.output_init, self.param_dtype, name="o_proj")(mixed)
+        output = Linear(x.shape[-1], self.output_init, self.param_dtype, name="o_proj")
+        return output(mixed), own
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values, [b, l, heads, head_dim]."""

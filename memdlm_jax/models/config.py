@@ -31,7 +31,8 @@ class TransformerConfig:
         remat: what the backward pass recomputes, layer by layer: ``none``, ``full`` (everything),
             ``dots`` (all but matrix products).
         attention_block: 0 for attention in both directions; else tokens see their own block of so
-            many tokens and those before it.
+            many tokens and those before it. Blocks are counted by position id, so that padding
+            before a row's first token does not move them.
     """
 
     vocab_size: int

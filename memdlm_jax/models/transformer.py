@@ -8,32 +8,43 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memdlm_jax.models.attention import Attention, block_causal
+from memdlm_jax.models.attention import Attention, KeysAndValues, sees_block
 from memdlm_jax.models.config import Run, TransformerConfig, runs_of
 from memdlm_jax.models.layers import RMSNorm, SwiGLU
 from memdlm_jax.models.moe import Mixture
-from memdlm_jax.typing import Hidden, Key, Phi, Theta, Tokens, merged
+from memdlm_jax.typing import Cache, Hidden, Key, Phi, Theta, Tokens, merged
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then feed-forward. Returns a pair, as ``nn.scan`` asks."""
+    """One pre-norm layer: attention, then feed-forward.
+
+    Attributes:
+        config: sizes and switches.
+        mixture: whether the feed-forward block is a mixture of experts.
+        keep: return keys and values too.
+    """
 
     config: TransformerConfig
     mixture: bool
+    keep: bool = False
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, position_ids: jax.Array
-    ) -> tuple[jax.Array, None]:
-        """Map [b, l, d] to ([b, l, d], None)."""
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        position_ids: jax.Array,
+        cached: KeysAndValues | None = None,
+    ) -> tuple[jax.Array, KeysAndValues | None]:
+        """Map [b, l, d] to ([b, l, d], keys and values of x if they are to be kept)."""
         c = self.config
         dtype = jnp.dtype(c.param_dtype)
         init = nn.initializers.normal(c.width**-0.5)
         output_init = nn.initializers.normal((2 * c.num_layers * c.width) ** -0.5)
         inits = init, output_init, dtype
         attention = Attention(c.attention(), *inits, name="attention")
-        mixed = attention(
-            RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x), mask, position_ids
+        mixed, own = attention(
+            RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x), mask, position_ids, cached
         )
         x = x + mixed
         parts = c.mixture() if self.mixture else None
@@ -46,7 +57,7 @@ class Block(nn.Module):
         x = x + fed
         for name, value in (("attention", mixed), ("feed_forward", fed), ("hidden", x)):
             self.sow("intermediates", f"sown_{name}", value)
-        return x, None
+        return x, own if self.keep else None
 
 
 def _grouped_products(primitive, *_, **__) -> bool:
@@ -59,7 +70,7 @@ _SAVE_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def _stack(config: TransformerConfig, run: Run, length: int) -> nn.Module:
+def _stack(config: TransformerConfig, run: Run, length: int, keep: bool = False) -> nn.Module:
     """``length`` blocks of a run under one scan: compile time does not grow with depth."""
     block = Block
     if config.remat != "none":
@@ -69,9 +80,9 @@ def _stack(config: TransformerConfig, run: Run, length: int) -> nn.Module:
         block,
         variable_axes={"params": 0, "fast": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, nn.broadcast, 0),
         length=length,
-    )(config, run.mixture)
+    )(config, run.mixture, keep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +131,7 @@ class Transformer:
         theta: dict[str, Any] = {"embedding": normal(embed_key, (c.vocab_size, c.width), dtype)}
         for run, run_key in zip(runs, keys, strict=True):
             stack = _stack(c, run, run.length)
-            theta[run.name] = stack.init({"params": run_key}, x, None, positions)["params"]
+            theta[run.name] = stack.init({"params": run_key}, x, None, positions, None)["params"]
         theta["final_norm"] = {"scale": jnp.ones((c.width,), dtype)}
         if not c.tied:
             theta["unembedding"] = normal(out_key, (c.width, c.vocab_size), dtype)
@@ -136,11 +147,22 @@ class Transformer:
         split: int,
     ) -> Hidden:
         """Embed ``tokens`` and run layers ``0 .. split - 1``; [b, l] int32 -> [b, l, d]."""
-        theta = merged(theta)
-        hidden = theta["embedding"][tokens].astype(self.config.dtype)
-        hidden = self._run(theta, None, hidden, attend, position_ids, 0, split)
-        # A model without a head layer ends here.
-        return self._finish(hidden) if split == self.num_layers else hidden
+        return self._trunk(theta, tokens, attend, position_ids, split)
+
+    def trunk_with_cache(
+        self,
+        theta: Theta,
+        tokens: Tokens,
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        cache: Cache | None = None,
+        *,
+        split: int,
+    ) -> tuple[Hidden, Cache]:
+        """``trunk`` over part of a row; see ``typing.CachingDenoiser``."""
+        own: Cache = {}
+        hidden = self._trunk(theta, tokens, attend, position_ids, split, cache, own)
+        return hidden, own
 
     def head(
         self,
@@ -153,10 +175,28 @@ class Transformer:
         split: int,
     ) -> Hidden:
         """Run layers ``split .. num_layers - 1`` with fast weights ``phi`` (or ``None``)."""
-        n = self.num_layers
-        if split == n:
-            return hidden
-        return self._finish(self._run(merged(theta), phi, hidden, attend, position_ids, split, n))
+        return self._head(theta, phi, hidden, attend, position_ids, split)
+
+    def head_with_cache(
+        self,
+        theta: Theta,
+        phi: Phi,
+        hidden: Hidden,
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        cache: Cache | None = None,
+        *,
+        split: int,
+    ) -> tuple[Hidden, Cache]:
+        """``head`` over part of a row; see ``typing.CachingDenoiser``."""
+        own: Cache = {}
+        last = self._head(theta, phi, hidden, attend, position_ids, split, cache, own)
+        return last, own
+
+    @property
+    def lookback(self) -> int:
+        """Columns before a window whose hidden states its predictions are read from."""
+        return int(self.config.right_shift)
 
     def normalise(self, theta: Theta, last_hidden: Hidden) -> Hidden:
         """Apply the final norm, [b, c, d] -> [b, c, d]."""
@@ -220,12 +260,32 @@ class Transformer:
         joined["router"] = dict(_routers(runs_of(self.config), found, tokens.shape))
         return joined
 
+    def _trunk(self, theta, tokens, attend, position_ids, split: int, cache=None, own=None):
+        theta = merged(theta)
+        hidden = theta["embedding"][tokens].astype(self.config.dtype)
+        hidden = self._run(theta, None, hidden, attend, position_ids, 0, split, None, cache, own)
+        # A model without a head layer ends here.
+        return self._finish(hidden) if split == self.num_layers else hidden
+
+    def _head(self, theta, phi, hidden, attend, position_ids, split: int, cache=None, own=None):
+        n = self.num_layers
+        if split == n:
+            return hidden
+        theta = merged(theta)
+        last = self._run(theta, phi, hidden, attend, position_ids, split, n, None, cache, own)
+        return self._finish(last)
+
     def _run(
-        self, theta, phi, hidden, attend, position_ids, start: int, stop: int, found=None
-    ) -> Hidden:
-        """Run layers ``start .. stop - 1``; collect what they sow in ``found`` if given."""
+        self, theta, phi, hidden, attend, position_ids, start: int, stop: int,
+        found=None, cache=None, own=None,
+    ) -> Hidden:  # fmt: skip
+        """Run layers ``start .. stop - 1``, attending to the keys and values of ``cache`` too.
+
+        ``found`` collects what they sow and ``own`` the keys and values of ``hidden``, by run.
+        """
         runs = runs_of(self.config)
-        mask, positions = self._mask(hidden, attend), _positions(hidden, position_ids)
+        positions = _positions(hidden, position_ids)
+        mask = self._mask(attend, positions, cache)
         for run in runs:
             first, last = max(start - run.first, 0), min(stop - run.first, run.length)
             if first >= last:
@@ -234,27 +294,37 @@ class Transformer:
             fast = phi if phi is None or len(runs) == 1 else phi.get(run.name)
             variables = {"params": layers} if fast is None else {"params": layers, "fast": fast}
             # What the stack really holds: a shortened one runs as a shorter model.
-            stack = _stack(self.config, run, jax.tree.leaves(layers)[0].shape[0])
-            if found is None:
-                hidden = stack.apply(variables, hidden, mask, positions)[0]
+            length = jax.tree.leaves(layers)[0].shape[0]
+            stack = _stack(self.config, run, length, keep=own is not None)
+            inputs = hidden, mask, positions, None if cache is None else cache[run.name]
+            if found is not None:
+                (hidden, _), sown = stack.apply(variables, *inputs, mutable=["intermediates"])
+                found[run.name] = sown["intermediates"]
                 continue
-            (hidden, _), sown = stack.apply(
-                variables, hidden, mask, positions, mutable=["intermediates"]
-            )
-            found[run.name] = sown["intermediates"]
+            hidden, kept = stack.apply(variables, *inputs)
+            if own is not None:
+                own[run.name] = kept
+        if own is not None:
+            shape = (1, *hidden.shape[:2])  # Leaves of a cache have an axis of layers.
+            own["position_ids"] = jnp.broadcast_to(positions, shape)
         return hidden
 
-    def _mask(self, hidden: Hidden, attend: jax.Array | None) -> jax.Array | None:
+    def _mask(self, attend, positions: jax.Array, cache: Cache | None) -> jax.Array | None:
         """Who sees whom, as ``attention.attend`` takes it."""
-        if not self.config.attention_block:
+        block = self.config.attention_block
+        if not block:
             return attend
-        causal = jnp.asarray(block_causal(hidden.shape[1], self.config.attention_block))[None]
+        keys = positions
+        if cache is not None:
+            rows = (cache["position_ids"].shape[1], positions.shape[1])
+            own = jnp.broadcast_to(positions, rows)
+            keys = jnp.concatenate([cache["position_ids"][0], own], axis=1)
+        causal = sees_block(positions, keys, block)
         if attend is None:
             return causal
         if attend.dtype != bool:
             raise TypeError(
-                f"attend is {attend.dtype}: with attention_block={self.config.attention_block} it "
-                "must be bool"
+                f"attend is {attend.dtype}: with attention_block={block} it must be bool"
             )
         return causal & (attend if attend.ndim == 3 else attend[:, None, :])
 

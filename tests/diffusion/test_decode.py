@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memdlm_jax.diffusion import decode
-from memdlm_jax.diffusion.decode import DecodeConfig
+from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 
 MASK = 20

@@ -7,7 +7,7 @@ import pytest
 from experiments.configs import evaluate as evaluate_config
 from experiments.configs import quickstart as quickstart_config
 from memdlm_jax.data.needles import NeedleConfig, NeedleTask, chance_floor
-from memdlm_jax.diffusion.decode import DecodeConfig
+from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import needles
 from memdlm_jax.evaluation.needles import NeedleSuite, Outcome
 

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from memdlm_jax.diffusion.decode import DecodeConfig
+from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import systems as library
 
 CONFIG = DecodeConfig(length=6, block_length=3, steps=4, temperature=1.0)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdlm_jax.diffusion import decode, masking
-from memdlm_jax.diffusion.decode import DecodeConfig
+from memdlm_jax.diffusion import decode, masking, reading
+from memdlm_jax.diffusion.canvas import lay_out
+from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation.parity.cases import META_TOLERANCE, TOLERANCE, BadCase, Case
 from memdlm_jax.evaluation.parity.inputs import (
     clean_batch,
@@ -239,11 +240,15 @@ def _guided(case: Case, phi: Phi, split: int, scale: float):
 def _history(case: Case, predict, config: DecodeConfig) -> np.ndarray:
     """Canvases [steps + 2, l]: before the first step, after each, and the final sequence."""
     prompt = clean_batch(case).tokens
-    decoded = jax.jit(
-        lambda x: decode.decode(
-            predict, jax.random.key(0)[None], x, config, case.settings["mask_token_id"]
-        )
-    )(prompt)
+    mask = case.settings["mask_token_id"]
+
+    @jax.jit
+    def run(prompt):
+        canvas = lay_out(prompt, jnp.ones(prompt.shape, bool), config, mask)
+        reader = reading.from_predict(predict)
+        return decode.decode(decode.Loop([reader], jax.random.key(0)[None], canvas, config, mask))
+
+    decoded = run(prompt)
     tokens, step = np.asarray(decoded.tokens[0]), np.asarray(decoded.commit_step[0])
     windows = [
         np.where(step < done, tokens, case.settings["mask_token_id"])
