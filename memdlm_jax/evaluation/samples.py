@@ -45,7 +45,10 @@ def sample_replies(
 
 
 def denoising_history(decoded: Decoded, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """How one row was filled, JSON-ready: text, commit step and confidence of every token."""
+    """How one row was filled, JSON-ready: text, commit step and confidence of every token.
+
+    What stands behind the end of a row that stopped early was not decoded and is left out.
+    """
     tokens, steps, confidence = (
         np.asarray(leaf)[row] for leaf in (decoded.tokens, decoded.commit_step, decoded.confidence)
     )
@@ -58,5 +61,6 @@ def denoising_history(decoded: Decoded, row: int, tokenizer: Tokenizer) -> dict[
                 "confidence": round(min(float(sure), 1.0), 4) if math.isfinite(sure) else 0.0,
             }
             for token, step, sure in zip(tokens, steps, confidence, strict=True)
+            if step >= 0
         ],
     }

@@ -80,13 +80,21 @@ def reply(
     seed: int,
     max_length: int,
     batch_size: int = 8,
+    record: bool = False,
 ) -> Replies:
-    """Answer prompts in text; the other arguments are those of ``respond``."""
+    """Answer prompts in text; the other arguments are those of ``respond``.
+
+    Decoding stops where the text ends; ``config.stop`` says otherwise. Tokens of ``config.stop``
+    do not end the text by themselves.
+    """
+    ends = sorted({tokenizer.eos_id, tokenizer.end_of_turn_id})
+    if not config.stop:
+        # A row's text is complete when the block that ends it is: no later block changes it.
+        config = dataclasses.replace(config, stop=tuple(ends))
     decoded = respond(
         system, prompts, config, seed=seed, pad_token_id=tokenizer.pad_id, max_length=max_length,
-        batch_size=batch_size,
+        batch_size=batch_size, record=record,
     )  # fmt: skip
-    ends = {tokenizer.eos_id, tokenizer.end_of_turn_id}
     lengths = np.min([unmasking.text_lengths(decoded.tokens, end) for end in ends], axis=0)
     rows = zip(decoded.tokens, lengths, strict=True)
     return Replies([tokenizer.decode(row[:n]) for row, n in rows], lengths, decoded)

@@ -55,7 +55,10 @@ def results(tokenizer, sentences):
         {"step": s, "loss/memory_on": 3 / s, "loss/memory_off": 4 / s, "validation/x": None}
         for s in range(1, 30)
     ]
-    decoded = Decoded(np.array([[9, 8]]), np.array([[1, 0]]), np.array([[0.25, 1.0]]))
+    decoded = Decoded(
+        np.array([[9, 8, 3]]), np.array([[1, 0, -1]]), np.array([[0.25, 1.0, 0.0]]),
+        np.array([2]), np.array(2), np.array(0),
+    )  # fmt: skip
     history = samples.denoising_history(decoded, 0, tokenizer)
     return {
         "title": "A test",

@@ -1,9 +1,13 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from memdlm_jax.diffusion import decode
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import systems as library
+from memdlm_jax.memory import generation, prompt_memory
 
 CONFIG = DecodeConfig(length=6, block_length=3, steps=4, temperature=1.0)
 
@@ -45,10 +49,41 @@ def test_memory_changes_what_is_said(systems):
 
 def test_compiled_once_for_all_batches_and_seeds(systems):
     prompts = [[7, 8, 9]] * 5
-    library.respond_to_batch.clear_cache()
+    generation.generate.clear_cache()
     for seed in range(2):
         respond(systems[0], prompts, seed=seed)
-    assert library.respond_to_batch._cache_size() == 1
+    assert generation.generate._cache_size() == 1
+
+
+def test_prompts_longer_than_the_model_are_written_in_pieces_and_their_end_is_shown(systems):
+    full = systems[2]
+    streaming = dataclasses.replace(full, memory=dataclasses.replace(full.memory, prompt_chunk=16))
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(5, 200, n).tolist() for n in (60, 9)]
+    said = respond(streaming, prompts)
+    # What was cut off is in the memory alone.
+    other = [rng.integers(5, 200, 30).tolist() + prompts[0][30:], prompts[1]]
+    changed = respond(streaming, other)
+    assert np.abs(said.confidence[0] - changed.confidence[0]).max() > 1e-3
+    np.testing.assert_array_equal(said.confidence[1], changed.confidence[1])
+    without = dataclasses.replace(full, memory=None)
+    for system in (full, without):
+        with pytest.raises(ValueError, match=r"has 60 tokens; it must have at most 26 .*pieces"):
+            respond(system, prompts)
+    too_long = dataclasses.replace(full, memory=dataclasses.replace(full.memory, prompt_chunk=40))
+    with pytest.raises(ValueError, match=r"prompt_chunk=40 must be at most max_length=32"):
+        respond(too_long, prompts)
+
+
+def test_batches_are_joined_with_their_histories(systems):
+    prompts = np.random.default_rng(1).integers(5, 200, (3, 12)).tolist()
+    config = dataclasses.replace(CONFIG, threshold=0.02)
+    settings = {"seed": 3, "pad_token_id": 0, "max_length": 32, "record": True}
+    parts = library.respond(systems[0], prompts, config, batch_size=2, **settings)
+    whole = library.respond(systems[0], prompts, config, batch_size=3, **settings)
+    assert parts.whole > whole.whole
+    mask = systems[0].denoiser.mask_token_id
+    np.testing.assert_array_equal(decode.history(parts, mask), decode.history(whole, mask))
 
 
 def test_bad_prompts_are_refused(systems):
@@ -66,7 +101,7 @@ def test_a_written_prompt_knows_nothing_behind_it(systems, denoiser):
     tokens = np.arange(5, 17)[None]
     valid = np.arange(12)[None] < 8
     write = jax.jit(
-        lambda x: library.write_prompts(keys, denoiser, full.memory, full.theta, x, valid)
+        lambda x: prompt_memory.write_prompts(keys, denoiser, full.memory, full.theta, x, valid)[0]
     )
     for a, b in zip(*map(jax.tree.leaves, (write(tokens), write(tokens * valid))), strict=True):
         np.testing.assert_array_equal(a, b)
