@@ -3,19 +3,22 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
+import safetensors
 from ml_collections import config_dict
 
 from experiments import _cli
-from memdlm_jax.checkpoints import trees
-from memdlm_jax.memory import learned
+from memdlm_jax.checkpoints import hugging_face, trees
+from memdlm_jax.memory import fast_weights, generation, learned
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.learned import InnerParameters
-from memdlm_jax.typing import Denoiser
+from memdlm_jax.typing import Denoiser, Phi
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,77 @@ def save(folder: Path, memory: MemoryConfig | None, inner: InnerParameters | Non
         (folder / SETTINGS).write_text(text + "\n")
     if inner is not None:
         trees.save(folder / PARAMETERS, inner)
+
+
+def save_written(path: str, phi: Phi, memory: MemoryConfig, model: str, under: str = "") -> None:
+    """Write a memory of one group, and beside it (``.json``) what it must be read with."""
+    trees.save(path, phi)
+    facts = {"weights": _digest(model, under), "memory": dataclasses.asdict(memory)}
+    Path(f"{path}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def written_settings(path: str) -> MemoryConfig:
+    """The settings that a memory was written with.
+
+    Raises:
+        FileNotFoundError: there is no such memory.
+        KeyError, TypeError, ValueError: the file beside it is damaged.
+    """
+    file = Path(f"{path}.json")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there: it is written by save_memory, with {path}")
+    return _cli.build(MemoryConfig, json.loads(file.read_text())["memory"], str(file))
+
+
+def load_written(
+    path: str, denoiser: Denoiser, memory: MemoryConfig, model: str, under: str = ""
+) -> Phi:
+    """A memory that ``save_written`` wrote.
+
+    Raises:
+        ValueError: it was written with other weights, or has other shapes.
+    """
+    if json.loads(Path(f"{path}.json").read_text())["weights"] != _digest(model, under):
+        raise ValueError(
+            f"{path} was written with other weights than those of {model}: a memory is a change "
+            "to these very weights"
+        )
+    template = jax.eval_shape(
+        lambda key: fast_weights.init(key, denoiser, memory, 1), jax.random.key(0)
+    )
+    return trees.load(path, template)
+
+
+def written_lines(path: str) -> Iterator[str]:
+    """What a saved memory changes, one line per matrix and layer; no model is needed.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``written_settings``; or it cannot be read.
+    """
+    memory = written_settings(path)
+    with safetensors.safe_open(path, framework="flax") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    flat: dict[str, Any] = {}
+    for name, array in arrays.items():
+        above, leaf = name.rsplit("/", 1)
+        if leaf == "W":
+            flat[above] = fast_weights.Dense(array)
+        elif leaf == "A":
+            scale = memory.alpha / memory.rank
+            flat[above] = fast_weights.LowRank(array, arrays[f"{above}/B"], scale)
+    phi = flax.traverse_util.unflatten_dict(flat, sep="/")
+    yield f"{sum(a.size for a in arrays.values()):,} fast weights, written with {memory}"
+    for name, found in generation.describe(phi).items():
+        for layer, (norm, rank) in enumerate(zip(found["norm"][0], found["rank"][0], strict=True)):
+            # Of experts the mean.
+            yield (
+                f"{name}, adapted layer {layer}: norm of the change {jnp.mean(norm):.4g}, "
+                f"effective rank {jnp.mean(rank):.2f}"
+            )
+
+
+def _digest(model: str, under: str) -> str:
+    return hugging_face.weights_digest(model, under or None)
 
 
 def defaults() -> config_dict.ConfigDict:

@@ -3,10 +3,12 @@
     python -m experiments.describe MODEL [--rows=8] [--limit-gib=80] [--base=nf4] [--lora-rank=32]
         [--rank=32] [--adapter=lora|full] [--layer-fraction=0.1] [--target-modules=mlp ...]
 
-MODEL is a folder with a ``config.json`` (weights are not needed) or the name of a published model:
-llada_8b, llada_moe_7b_a1b, llada2_0_mini, llada2_1_mini, dream_7b. Nothing is allocated. With
-``--limit-gib`` the exit status is 1 if training would not fit: parameters, gradient, moments of
-AdamW and fast weights of ``--rows`` rows, one memory each, on one device; activations come on top.
+MODEL may be a memory that ``experiments.generate`` saved (``.safetensors``): then what it changes
+is shown. Else it is a folder with a ``config.json`` (weights are not needed) or the name of a
+published model: llada_8b, llada_moe_7b_a1b, llada2_0_mini, llada2_1_mini, dream_7b. Nothing is
+allocated. With ``--limit-gib`` the exit status is 1 if training would not fit: parameters,
+gradient, moments of AdamW and fast weights of ``--rows`` rows, one memory each, on one device;
+activations come on top.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from typing import Any
 
 import jax
 
-from experiments import _model
+from experiments import _memory, _model
 from memdlm_jax.checkpoints.trees import named
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
@@ -136,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m experiments.describe",
         description="Describe a model, its fast weights and what training it takes.",
     )
-    parser.add_argument("model", help="model folder, or one of " + ", ".join(PUBLISHED))
+    parser.add_argument(
+        "model", help="model folder, saved memory, or one of " + ", ".join(PUBLISHED)
+    )
     parser.add_argument("--rows", type=int, default=8, help="rows of a micro-batch on a device")
     parser.add_argument("--limit-gib", type=float, help="memory of a device")
     parser.add_argument("--base", choices=("float32", "bfloat16", "int8", "nf4"))
@@ -151,6 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.limit_gib is not None and not 0 < options.limit_gib < math.inf:
         parser.error(f"--limit-gib={options.limit_gib} must be positive and finite")
     try:
+        if options.model.endswith(".safetensors"):
+            print("\n".join(_memory.written_lines(options.model)))
+            return
         lines, need = describe(options)
         print("\n".join(lines))
         fit.require(need, options.limit_gib and int(options.limit_gib * fit.GIB))

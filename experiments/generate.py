@@ -7,9 +7,12 @@
 
 An input has one prompt per line; a file whose name ends in .jsonl has one object per line, with
 the prompt under ``prompt``. ``--config.memory.enabled=True`` writes each prompt into memory first.
+With ``--config.context=FILE`` that text is written instead, once for all prompts.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -20,10 +23,19 @@ from ml_collections import config_dict
 
 from experiments import _cli, _memory, _model
 from memdlm_jax.data.example import Example
+from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation.samples import denoising_history
-from memdlm_jax.evaluation.systems import System, prompt_ids, reply
+from memdlm_jax.evaluation.systems import (
+    System,
+    batches,
+    prompt_ids,
+    replies,
+    stopping,
+    write_context,
+)
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.typing import Phi
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +48,12 @@ class GenerateConfig:
         memory: how prompts are written into memory, ``None`` for none.
         prompt: one prompt; or
         input: a file of prompts, ``-`` for standard input.
+        context: a text file that all prompts are about. With memory it is written once, and the
+            prompts are not; so it may be longer than the model reads if ``memory.prompt_chunk`` is
+            set.
+        show_context: whether the context stands before each prompt; if not, it is in memory alone.
+        save_memory: file for the memory of the context.
+        load_memory: file of a memory that was saved; it is read in the place of writing one.
         output: file of the answers; empty is standard output.
         history: also give commit step and confidence of every token.
         seed: of memory and sampling noise.
@@ -51,6 +69,10 @@ class GenerateConfig:
     memory: MemoryConfig | None = None
     prompt: str = ""
     input: str = ""
+    context: str = ""
+    show_context: bool = True
+    save_memory: str = ""
+    load_memory: str = ""
     output: str = ""
     history: bool = False
     seed: int = 0
@@ -70,6 +92,16 @@ class GenerateConfig:
         for name, least in (("seed", 0), ("max_length", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.save_memory and not (self.context and self.memory and not self.load_memory):
+            raise ValueError(
+                f"save_memory={self.save_memory!r} needs a context, memory.enabled=True and no "
+                "load_memory: there is no one memory to save otherwise"
+            )
+        if not (self.show_context or (self.context and self.memory)):
+            raise ValueError(
+                "show_context=False needs a context and memory.enabled=True: the model would not "
+                "know it"
+            )
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> GenerateConfig:
@@ -85,6 +117,13 @@ def from_config_dict(config: config_dict.ConfigDict) -> GenerateConfig:
     enabled = settings["memory"].pop("enabled", True)
     if type(enabled) is not bool:
         raise TypeError(f"config.memory.enabled={enabled!r} must be bool")
+    saved = settings.get("load_memory", "")
+    if saved:
+        changed = {name: x for name, x in settings["memory"].items() if x is not None}
+        if changed:
+            raise ValueError(f"load_memory={saved!r} brings its own settings, not {changed}")
+        settings["memory"] = _memory.written_settings(saved)
+        return _cli.build(GenerateConfig, settings)
     folder = settings["model"] if enabled else ""
     memory = _memory.settings(folder, settings["memory"])  # a typo is an error in any case
     settings["memory"] = memory if enabled else None
@@ -127,39 +166,103 @@ def _from_json(line: str) -> str:
 
 
 def answers(config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, Any]]:
-    """One JSON-ready object per prompt."""
+    """One JSON-ready object per prompt, batch by batch.
+
+    Raises:
+        FileNotFoundError: no such context.
+        ValueError: a prompt does not fit, or the context is empty.
+    """
     denoiser, theta, tokenizer = _model.load(config.model, config.dtype, config.base, config.under)
     name, inner = "mdlm", None
     if config.memory:
         name, inner = "memdlm", _memory.inner_parameters(config.model, denoiser, config.memory)
     system = System(name, denoiser, theta, config.memory, inner)
     max_length = config.max_length or denoiser.config.max_length
-    examples = [Example(p, "?", f"line {i}", "input") for i, p in enumerate(prompts, start=1)]
-    replies = reply(
-        system, tokenizer, [prompt_ids(tokenizer, e, max_length) for e in examples], config.decode,
-        seed=config.seed, max_length=max_length, batch_size=config.batch_size,
-    )  # fmt: skip
-    for i, (prompt, text) in enumerate(zip(prompts, replies.texts, strict=True)):
-        answer = {
-            "prompt": prompt,
-            "reply": text,
-            "tokens": int(replies.lengths[i]),
-            "ended": bool(replies.lengths[i] < config.decode.length),
-            "memory": config.memory is not None,
-        }
-        if config.history:
-            answer["history"] = denoising_history(replies.decoded, i, tokenizer)
-        yield answer
+    context = read_context(config)
+    phi = memory_of(config, system, tokenizer, context, max_length)
+    shown = f"{context}\n\n" if context and config.show_context else ""
+    # A prompt may be longer than the canvas if it is written in pieces.
+    longest = sys.maxsize if config.memory and config.memory.prompt_chunk else max_length
+    examples = [Example(shown + p, "?", f"line {i}", "input") for i, p in enumerate(prompts, 1)]
+    ids = [prompt_ids(tokenizer, example, longest) for example in examples]
+    settings = stopping(config.decode, tokenizer)
+    asked = iter(prompts)
+    for decoded in batches(
+        system, ids, settings, seed=config.seed, pad_token_id=tokenizer.pad_id,
+        max_length=max_length, batch_size=config.batch_size, phi=phi, record=config.history,
+    ):  # fmt: skip
+        said = replies(tokenizer, decoded)
+        for row, text in enumerate(said.texts):
+            answer = {
+                "prompt": next(asked),
+                "reply": text,
+                "tokens": int(said.lengths[row]),
+                "ended": bool(said.lengths[row] < config.decode.length),
+                "steps": int(decoded.steps[row]),
+                "memory": config.memory is not None,
+            }
+            if config.history:
+                answer["history"] = denoising_history(decoded, row, tokenizer)
+            yield answer
+
+
+def read_context(config: GenerateConfig) -> str:
+    """The text that all prompts are about; empty if there is none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is empty.
+    """
+    if not config.context:
+        return ""
+    text = Path(config.context).read_text(encoding="utf-8").strip()
+    if not text:
+        raise ValueError(f"context={config.context!r} is empty")
+    return text
+
+
+def memory_of(
+    config: GenerateConfig, system: System, tokenizer: Tokenizer, context: str, max_length: int
+) -> Phi:
+    """The one memory of all prompts, read or written; ``None`` if each has its own or none.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``_memory.load_written``; or the context is longer than
+            the model reads and is not to be written in pieces.
+    """
+    if system.memory is None:
+        return None
+    where = config.model, config.under
+    if config.load_memory:
+        return _memory.load_written(config.load_memory, system.denoiser, system.memory, *where)
+    if not context:
+        return None
+    pieces = system.memory.prompt_chunk
+    example = Example(context, "?", "the context", "input")
+    ids = prompt_ids(tokenizer, example, sys.maxsize)
+    if not pieces and len(ids) > max_length:
+        raise ValueError(
+            f"context={config.context!r} has {len(ids)} tokens, more than max_length={max_length}: "
+            "set memory.prompt_chunk to write it in pieces"
+        )
+    phi, record = write_context(system, ids, config.seed, tokenizer.pad_id)
+    losses = ", ".join(f"{loss:.3f}" for loss in record.loss.ravel())
+    print(f"wrote {len(ids)} tokens into memory, inner losses {losses}", file=sys.stderr)
+    if config.save_memory:
+        _memory.save_written(config.save_memory, phi, system.memory, *where)
+    return phi
 
 
 def main(config: GenerateConfig) -> None:
-    """Run from the command line."""
-    lines = [json.dumps(a, ensure_ascii=False) for a in answers(config, read_prompts(config))]
-    text = "\n".join(lines) + "\n"
-    if config.output:
-        Path(config.output).write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    """Run from the command line; lines are written as they come."""
+    found = answers(config, read_prompts(config))
+    first = next(found)  # What cannot be answered must not have emptied the file of the answers.
+    with contextlib.ExitStack() as stack:
+        out = sys.stdout
+        if config.output:
+            out = stack.enter_context(Path(config.output).open("w", encoding="utf-8"))
+        for answer in itertools.chain([first], found):
+            print(json.dumps(answer, ensure_ascii=False), file=out, flush=True)
 
 
 if __name__ == "__main__":

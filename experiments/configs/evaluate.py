@@ -11,7 +11,7 @@ not trained on; otherwise the test share of its groups, 5 %.
 
 from ml_collections import config_dict
 
-from experiments import _memory
+from experiments import _decode, _memory
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -42,8 +42,8 @@ def get_config() -> config_dict.ConfigDict:
 
     # From left to right: with a window longer than the answers of training, a model tends to put
     # the end of the answer into the last columns first, and then ends before the value.
-    config.decode = {"length": 4, "block_length": 1, "steps": 4, "temperature": 0.0}
-    config.reply = {"length": 32, "block_length": 8, "steps": 32, "temperature": 0.0}
+    config.decode = _decode.settings(length=4, block_length=1, steps=0)
+    config.reply = _decode.settings(length=32, block_length=8, steps=0)
 
     config.likelihood = config_dict.ConfigDict()
     config.likelihood.enabled = True

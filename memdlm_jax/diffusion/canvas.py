@@ -46,7 +46,7 @@ def lay_out(prompts: Tokens, valid: Mask, config: DecodeConfig, mask_token_id: i
         config: window, blocks and their alignment.
         mask_token_id: id of the mask token.
     """
-    block, by_row = config.block_length, config.alignment == "row"
+    block, by_row = config.block_size, config.alignment == "row"
     first, count = jnp.argmax(valid, axis=1), jnp.sum(valid, axis=1, dtype=jnp.int32)
     offset = count % block if by_row else jnp.zeros_like(count)
     start = prompts.shape[1] // block * block if by_row else prompts.shape[1]

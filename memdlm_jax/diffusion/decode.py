@@ -154,7 +154,7 @@ class Loop:
         A row waits for the others at the end of each block. What it gets does not depend on them:
         its noise is drawn by block and step in the block.
         """
-        config, size = self.config, self.config.block_length
+        config, size = self.config, self.config.block_size
         logits, state = self._read(state)
         proposal = unmasking.propose(self._step_keys(state), logits, config, self.mask_token_id)
 
@@ -229,7 +229,7 @@ class Loop:
 
     def _write(self, state: State, proposal: unmasking.Proposal, where, active) -> State:
         """Put the chosen proposals in canvas and records."""
-        start, at = self.canvas.start, state.block * self.config.block_length
+        start, at = self.canvas.start, state.block * self.config.block_size
 
         def put(old, new, at):
             block = jax.lax.dynamic_slice_in_dim(old, at, new.shape[1], 1)

@@ -111,7 +111,7 @@ def read_block(
         step: steps taken in it.
         cache: keys and values [layers, b, l, ...], or ``None``.
     """
-    size, length = config.block_length, tokens.shape[1]
+    size, length = config.block_size, tokens.shape[1]
     begins = canvas.start + block * size
 
     def whole():

@@ -21,9 +21,9 @@ class DecodeConfig:
 
     Attributes:
         length: tokens to generate.
-        block_length: tokens of a block; blocks are filled one after the other.
-        steps: denoising steps in all, the same number for every block. With a threshold or eos
-            tokens, and with quotas that are zero, fewer are taken.
+        block_length: tokens of a block, blocks being filled one after the other; 0 for one block.
+        steps: denoising steps in all, the same number for every block; 0 for as many as tokens.
+            With a threshold or ``stop``, and with quotas that are zero, fewer are taken.
         quotas: commits of each step of a block. ``even`` shares them evenly, the first steps
             taking the remainder (LLaDA); ``scheduler`` rounds the expected number under the linear
             schedule, half to even (dLLM); ``timesteps`` rounds it down, on times from 1 to 0.001,
@@ -91,11 +91,10 @@ class DecodeConfig:
             if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
                 listed = ", ".join(map(repr, typing.get_args(hint)))
                 raise ValueError(f"decode.{field}={value!r} must be one of {listed}")
-        for field in ("length", "block_length", "steps"):
-            self._require(field, getattr(self, field) >= 1, "at least 1")
+        self._require("length", self.length >= 1, "at least 1")
         for field in ("temperature", "order_temperature", "guidance"):
             self._require(field, 0 <= getattr(self, field) < math.inf, "at least 0 and finite")
-        for field in ("top_k", "post_steps"):
+        for field in ("block_length", "steps", "top_k", "post_steps"):
             self._require(field, getattr(self, field) >= 0, "at least 0")
         self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
         for field in ("threshold", "editing_threshold"):
@@ -108,14 +107,14 @@ class DecodeConfig:
         self._check_pairs()
 
     def _check_blocks(self) -> None:
-        if self.alignment == "prompt" and self.length % self.block_length:
+        if self.alignment == "prompt" and self.length % self.block_size:
             raise ValueError(
                 f"decode.block_length={self.block_length} must divide length={self.length}"
             )
-        blocks = -(-self.length // self.block_length)
+        blocks = -(-self.length // self.block_size)
         if self.steps % blocks:
             raise ValueError(f"decode.steps={self.steps} must be a multiple of the {blocks} blocks")
-        if self.quotas == "even" and self.steps_per_block > self.block_length:
+        if self.quotas == "even" and self.steps_per_block > self.block_size:
             raise ValueError(
                 f"decode.steps={self.steps} must be at most length={self.length} with "
                 "quotas='even': every step commits a token"
@@ -136,36 +135,43 @@ class DecodeConfig:
             raise ValueError(f"decode.{field}={getattr(self, field)!r} must be {right}")
 
     @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.block_length or self.length
+
+    @property
     def num_blocks(self) -> int:
         """Blocks that a window can take: one more where a prompt's end may stand in the first."""
-        most = self.length + (self.block_length - 1) * (self.alignment == "row")
-        return -(-most // self.block_length)
+        most = self.length + (self.block_size - 1) * (self.alignment == "row")
+        return -(-most // self.block_size)
 
     @property
     def steps_per_block(self) -> int:
         """Denoising steps of a block, editing after its last mask not counted."""
-        return self.steps // -(-self.length // self.block_length)
+        if not self.steps:
+            return self.block_size
+        return self.steps // -(-self.length // self.block_size)
 
 
 SAMPLERS: dict[str, DecodeConfig] = {
     "llada": DecodeConfig(),
     "dllm": DecodeConfig(quotas="scheduler"),
     "llada2": DecodeConfig(
-        threshold=0.95, attention="block_causal", alignment="row", cache="prefix"
+        steps=0, threshold=0.95, attention="block_causal", alignment="row", cache="prefix"
     ),
     "llada2_1_quality": DecodeConfig(
-        threshold=0.7, editing_threshold=0.5, attention="block_causal", alignment="row",
+        steps=0, threshold=0.7, editing_threshold=0.5, attention="block_causal", alignment="row",
         cache="prefix",
     ),
     "llada2_1_speed": DecodeConfig(
-        threshold=0.5, editing_threshold=0.0, attention="block_causal", alignment="row",
+        steps=0, threshold=0.5, editing_threshold=0.0, attention="block_causal", alignment="row",
         cache="prefix",
     ),
     "dream": DecodeConfig(
-        length=512, block_length=512, steps=512, quotas="timesteps", order="entropy",
+        length=512, block_length=0, steps=0, quotas="timesteps", order="entropy",
         temperature=0.2, top_p=0.95, scores="sampled",
     ),
-    "fast": DecodeConfig(threshold=0.9, cache="dual"),
+    "fast": DecodeConfig(steps=0, threshold=0.9, cache="dual"),
 }  # fmt: skip
 """Published samplers with their published settings (lengths are yours to set): LLaDA, dLLM's
 ``MDLMSampler``, LLaDA2.0, the two modes of LLaDA2.1, Dream, and Fast-dLLM on LLaDA. LLaDA2's
@@ -187,7 +193,7 @@ class Plan:
 
 def plan(config: DecodeConfig) -> Plan:
     """The plan of a block that begins with masks alone; steps without a commit are left out."""
-    count, steps = config.block_length, config.steps_per_block
+    count, steps = config.block_size, config.steps_per_block
     if config.quotas == "even":
         quotas = even_quotas(count, steps)
         share = np.array(quotas, np.float32) / np.cumsum(quotas[::-1])[::-1]

@@ -1,7 +1,7 @@
 """The three systems under comparison, and how each answers prompts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -15,8 +15,9 @@ from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.memory import generation
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.generation import Generator
+from memdlm_jax.memory.inner_loop import InnerStep
 from memdlm_jax.memory.learned import InnerParameters
-from memdlm_jax.typing import Denoiser, Theta
+from memdlm_jax.typing import Denoiser, Phi, Theta
 
 NAMES = ("mdlm", "memdlm_train_only", "memdlm")
 
@@ -76,28 +77,32 @@ def reply(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     config: DecodeConfig,
-    *,
-    seed: int,
-    max_length: int,
-    batch_size: int = 8,
-    record: bool = False,
+    **settings,
 ) -> Replies:
-    """Answer prompts in text; the other arguments are those of ``respond``.
+    """Answer prompts in text; the other arguments are those of ``respond``."""
+    config = stopping(config, tokenizer)
+    settings = {"pad_token_id": tokenizer.pad_id} | settings
+    return replies(tokenizer, respond(system, prompts, config, **settings))
 
-    Decoding stops where the text ends; ``config.stop`` says otherwise. Tokens of ``config.stop``
-    do not end the text by themselves.
+
+def stopping(config: DecodeConfig, tokenizer: Tokenizer) -> DecodeConfig:
+    """Let decoding stop where the text ends, unless ``config.stop`` says otherwise.
+
+    The text is complete when the block that ends it is: no later block changes it.
     """
-    ends = sorted({tokenizer.eos_id, tokenizer.end_of_turn_id})
-    if not config.stop:
-        # A row's text is complete when the block that ends it is: no later block changes it.
-        config = dataclasses.replace(config, stop=tuple(ends))
-    decoded = respond(
-        system, prompts, config, seed=seed, pad_token_id=tokenizer.pad_id, max_length=max_length,
-        batch_size=batch_size, record=record,
-    )  # fmt: skip
+    return config if config.stop else dataclasses.replace(config, stop=_ends(tokenizer))
+
+
+def replies(tokenizer: Tokenizer, decoded: Decoded) -> Replies:
+    """The texts of decoded windows, each up to the first token that ends a turn or the sequence."""
+    ends = _ends(tokenizer)
     lengths = np.min([unmasking.text_lengths(decoded.tokens, end) for end in ends], axis=0)
     rows = zip(decoded.tokens, lengths, strict=True)
     return Replies([tokenizer.decode(row[:n]) for row, n in rows], lengths, decoded)
+
+
+def _ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(sorted({tokenizer.eos_id, tokenizer.end_of_turn_id}))
 
 
 def prompt_ids(tokenizer: Tokenizer, example: Example, max_length: int) -> list[int]:
@@ -121,14 +126,29 @@ def respond(
     system: System,
     prompts: Sequence[Sequence[int]],
     config: DecodeConfig,
+    **settings,
+) -> Decoded:
+    """Answer every prompt at once; the other arguments are those of ``batches``.
+
+    Returns:
+        ``Decoded`` with numpy leaves [n, config.length].
+    """
+    return _joined(list(batches(system, prompts, config, **settings)))
+
+
+def batches(
+    system: System,
+    prompts: Sequence[Sequence[int]],
+    config: DecodeConfig,
     *,
     seed: int,
     pad_token_id: int,
     max_length: int,
     batch_size: int = 8,
+    phi: Phi = None,
     record: bool = False,
-) -> Decoded:
-    """Answer every prompt; compiled once for all batches of one width.
+) -> Iterator[Decoded]:
+    """Answer prompts batch by batch; compiled once for all batches of one width.
 
     A row's answer depends on the seed, its index and its prompt, never on its neighbours.
 
@@ -140,19 +160,22 @@ def respond(
         pad_token_id: fills the columns before short prompts.
         max_length: longest canvas, prompt and answer together, in tokens.
         batch_size: rows decoded at a time; the last batch repeats its last row to fill up.
+        phi: a memory that was written before, of one group, for all prompts; none is written.
         record: keep the window after every step.
 
-    Returns:
-        ``Decoded`` with numpy leaves [n, config.length].
+    Yields:
+        ``Decoded`` with numpy leaves [rows, config.length].
 
     Raises:
         ValueError: a prompt is empty or leaves no room for the answer, or there is none.
     """
-    room = max_length - config.length
+    # Blocks that are counted from the row's start are whole at its end.
+    whole = config.block_size if config.alignment == "row" else 1
+    room = max_length // whole * whole - config.length
     longest = max(map(len, prompts), default=0)
     context = None
     if longest > room:
-        chunk = system.memory.prompt_chunk if system.memory else 0
+        chunk = system.memory.prompt_chunk if system.memory and phi is None else 0
         if not chunk:
             raise ValueError(
                 f"the longest prompt has {longest} tokens; it must have at most {room} "
@@ -166,7 +189,7 @@ def respond(
         longest = room
     tokens, valid = canvas.pad_left(prompts, min(room, _rounded(longest)), pad_token_id)
     generator = Generator(system.denoiser, system.memory, config)
-    n, root, parts = len(prompts), jax.random.key(seed), []
+    n, root = len(prompts), jax.random.key(seed)
     batch_size = min(batch_size, n)
     for start in range(0, n, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), n - 1)
@@ -174,10 +197,37 @@ def respond(
         written = None if context is None else (context[0][rows], context[1][rows])
         decoded = generation.generate(
             generator, system.theta, keys, tokens[rows], valid[rows], system.inner,
-            context=written, record=record,
+            _for_rows(phi, len(rows)), written, record=record,
         )  # fmt: skip
-        parts.append(jax.device_get(decoded))
-    return _joined(parts, n)
+        yield _first_rows(jax.device_get(decoded), n - start)
+
+
+def write_context(
+    system: System, tokens: Sequence[int], seed: int, pad_token_id: int
+) -> tuple[Phi, InnerStep]:
+    """Write one text into memory, to be asked about with ``batches(phi=...)``.
+
+    Args:
+        system: whose memory it is.
+        tokens: ids of the text.
+        seed: of the memory's draws.
+        pad_token_id: fills up the row.
+
+    Returns:
+        (phi of one group, record of the inner steps, numpy leaves).
+    """
+    row = canvas.pad_left([tokens], _rounded(len(tokens)), pad_token_id)
+    generator = Generator(system.denoiser, system.memory, DecodeConfig())
+    keys = jax.random.key(seed)[None]
+    write = jax.jit(generation.write, static_argnums=0)
+    return jax.device_get(write(generator, system.theta, keys, *row, system.inner))
+
+
+def _for_rows(phi: Phi, rows: int) -> Phi:
+    """One memory for every row of a batch."""
+    if phi is None:
+        return None
+    return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (rows, *leaf.shape[1:])), phi)
 
 
 def _rounded(length: int) -> int:
@@ -185,14 +235,14 @@ def _rounded(length: int) -> int:
     return -(-length // 16) * 16
 
 
-def _joined(parts: Sequence[Decoded], n: int) -> Decoded:
-    """The first n rows of the batches in one; counts of passes are added up."""
+def _first_rows(decoded: Decoded, n: int) -> Decoded:
+    return jax.tree.map(lambda leaf: leaf[:n] if np.ndim(leaf) else leaf, decoded)
 
-    def rows(name):
-        return np.concatenate([getattr(part, name) for part in parts])[:n]
 
-    names = ["tokens", "commit_step", "confidence", "steps"]
-    names += ["history"] * (parts[0].history is not None)
-    whole, partial = (np.sum([getattr(p, name) for p in parts]) for name in ("whole", "parts"))
-    joined = {name: rows(name) for name in names}
-    return dataclasses.replace(parts[0], **joined, whole=whole, parts=partial)
+def _joined(parts: Sequence[Decoded]) -> Decoded:
+    """Batches in one; counts of passes are added up."""
+
+    def join(*leaves):
+        return np.concatenate(leaves) if np.ndim(leaves[0]) else np.sum(leaves)
+
+    return jax.tree.map(join, *parts)

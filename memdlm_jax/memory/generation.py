@@ -218,7 +218,7 @@ def write_on(
     Beyond the paper, which names it as future work. The trunk's keys and values stay cached.
     """
     canvas, state = progress.canvas, progress.state
-    reached = canvas.start + state.block * generator.config.block_length
+    reached = canvas.start + state.block * generator.config.block_size
     behind = jnp.arange(state.tokens.shape[1]) < reached
     # The last condition is for rows that stopped early.
     committed = canvas.valid & behind & (state.tokens != generator.denoiser.mask_token_id)

@@ -116,7 +116,7 @@ class MemoryReader:
             return seen
 
         def number(column):
-            return (column - self.canvas.start) // self.config.block_length
+            return (column - self.canvas.start) // self.config.block_size
 
         return seen[:, None, :] & (number(own)[:, None] >= number(columns))[None]
 

@@ -74,8 +74,11 @@ def test_published_settings():
     quality, speed = SAMPLERS["llada2_1_quality"], SAMPLERS["llada2_1_speed"]
     assert (quality.threshold, quality.editing_threshold) == (0.7, 0.5)
     assert (speed.threshold, speed.editing_threshold) == (0.5, 0.0)
-    for name, config in SAMPLERS.items():
-        assert config.num_blocks >= 1, name
+    dream = dataclasses.replace(SAMPLERS["dream"], length=40)
+    assert (dream.num_blocks, dream.steps_per_block) == (1, 40)
+    for name in ("llada2", "llada2_1_quality", "llada2_1_speed", "fast"):
+        longer = dataclasses.replace(SAMPLERS[name], length=256)
+        assert longer.steps_per_block == longer.block_length == 32, name
 
 
 def test_a_window_counted_from_the_rows_start_may_take_one_more_block():
@@ -88,7 +91,9 @@ def test_a_window_counted_from_the_rows_start_may_take_one_more_block():
     ("settings", "message"),
     [
         ({"length": 0}, "decode.length=0 must be at least 1"),
+        ({"block_length": -1}, "decode.block_length=-1 must be at least 0"),
         ({"block_length": 5}, "decode.block_length=5 must divide length=12"),
+        ({"steps": -1}, "decode.steps=-1 must be at least 0"),
         ({"steps": 5}, "decode.steps=5 must be a multiple of the 2 blocks"),
         ({"steps": 14}, "decode.steps=14 must be at most length=12"),
         ({"temperature": -0.1}, "decode.temperature=-0.1 must be at least 0"),
