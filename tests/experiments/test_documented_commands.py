@@ -28,6 +28,8 @@ def settings_of(script, arguments):
     holder = config_flags.DEFINE_config_file(
         "config", f"experiments/configs/{script}.py", flag_values=values, sys_argv=argv
     )
+    if script == "chat":
+        flags.DEFINE_boolean("memory", None, "", flag_values=values)
     assert values(argv) == [script], "all arguments are overrides"
     return importlib.import_module(f"experiments.{script}").from_config_dict(holder.value)
 

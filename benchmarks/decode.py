@@ -1,0 +1,278 @@
+"""What thresholds, caches, batches and memory cost or save while decoding.
+
+    python -m benchmarks.decode --model=MODEL [--json=FILE] [--questions=512] [--only=speed]
+
+Four tables, each of ratios taken in one run. 256 tokens are generated against plain decoding, one
+token a step; needle questions are asked with the same samplers; a prompt is written into memory;
+and sixteen prompts are answered in one batch and one by one. ``--only`` takes one of them (speed,
+needles, memory, batch).
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import _timing
+from experiments import _memory, _model
+from memdlm_jax.data import sources
+from memdlm_jax.data.needles import NeedleConfig
+from memdlm_jax.data.tokenizer import Tokenizer
+from memdlm_jax.diffusion.canvas import pad_left
+from memdlm_jax.diffusion.samplers import DecodeConfig
+from memdlm_jax.evaluation import needles, statistics
+from memdlm_jax.evaluation.needles import NeedleSuite
+from memdlm_jax.evaluation.systems import System, prompt_ids
+from memdlm_jax.memory import generation
+from memdlm_jax.memory.generation import Generator
+from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.typing import Theta
+
+PLAIN = DecodeConfig(length=256, block_length=32, steps=0)
+LEFT_TO_RIGHT = dataclasses.replace(PLAIN, attention="block_causal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is measured.
+
+    Attributes:
+        denoiser: the backbone.
+        theta: its parameters.
+        tokenizer: its tokenizer.
+        memory: the settings that it was trained with, or the paper's.
+    """
+
+    denoiser: Transformer
+    theta: Theta
+    tokenizer: Tokenizer
+    memory: Any
+
+    def program(self, config: DecodeConfig, prompts, memory=None) -> Callable[[], Any]:
+        """Decoding these prompts, compiled once."""
+        tokens, valid = prompts
+        keys = jax.random.split(jax.random.key(0), len(tokens))
+        generator = Generator(self.denoiser, memory, config)
+        return functools.partial(generation.generate, generator, self.theta, keys, tokens, valid)
+
+
+def samplers(threshold: float) -> dict[str, DecodeConfig]:
+    """Plain decoding, and what is to be faster."""
+    change = dataclasses.replace
+    return {
+        "plain": PLAIN,
+        "threshold": change(PLAIN, threshold=threshold),
+        "prefix cache": change(PLAIN, cache="prefix"),
+        "dual cache": change(PLAIN, cache="dual"),
+        "threshold, dual cache": change(PLAIN, threshold=threshold, cache="dual"),
+        "block-causal": LEFT_TO_RIGHT,
+        "block-causal, prefix cache": change(LEFT_TO_RIGHT, cache="prefix"),
+        "block-causal, threshold, prefix cache": change(
+            LEFT_TO_RIGHT, threshold=threshold, cache="prefix"
+        ),
+    }
+
+
+def questions(model: Model, count: int, length: int, seed: int = 7) -> list[list[int]]:
+    """Prompts of needle questions, rows of ``length`` tokens with the answer."""
+    suite = NeedleSuite(NeedleConfig(split="test"), (length,), (4,), count, seed)
+    drawn = needles.draw_episodes(suite, model.tokenizer, sources.chitchat_sentences("test"))
+    (episodes,) = drawn.values()
+    return [prompt_ids(model.tokenizer, e.example("benchmark"), length) for e in episodes]
+
+
+def talk(model: Model, count: int) -> list[list[int]]:
+    """Prompts of held-out conversations."""
+    chosen = [e for _, e in zip(range(count), sources.chitchat_examples("test"), strict=False)]
+    length = model.denoiser.config.max_length - PLAIN.length
+    return [prompt_ids(model.tokenizer, example, length)[-192:] for example in chosen]
+
+
+def speed(model: Model, threshold: float, repeats: int) -> dict[str, Any]:
+    """256 tokens by every sampler, four prompts of each kind one after the other."""
+    found: dict[str, Any] = {}
+    kinds = {"needle questions": questions(model, 4, 192), "conversations": talk(model, 4)}
+    for kind, prompts in kinds.items():
+        rows = [pad_left([prompt], 192, model.tokenizer.pad_id) for prompt in prompts]
+        programs, decoded = {}, {}
+        for name, config in samplers(threshold).items():
+            calls = [model.program(config, row) for row in rows]
+            programs[name] = functools.partial(lambda calls: [call() for call in calls], calls)
+            decoded[name] = jax.device_get(programs[name]())
+        seconds = _timing.in_turn(programs, repeats)
+        found[kind] = {name: _speed_of(name, decoded, seconds) for name in programs}
+        print(f"\n256 tokens, {kind}, one at a time, against plain decoding")
+        for name, row in found[kind].items():
+            base = "" if row["against"] == "plain" else " (of block-causal)"
+            print(
+                f"  {name:<38} {row['passes per token']:.3f} passes a token, "
+                f"{row['of them whole']:.3f} of them whole; {row['tokens per second']:>6.0f} "
+                f"tokens/s, {_timing.shown(row['speed-up'])} x; "
+                f"same tokens {row['same tokens']:.1%}{base}"
+            )
+    return found
+
+
+def _speed_of(name: str, decoded: Mapping[str, Any], seconds: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of the table."""
+    total = sum(d.tokens.size for d in decoded[name])
+    against = "block-causal" if name.startswith("block-causal") else "plain"
+    pairs = zip(decoded[name], decoded[against], strict=True)
+    whole, parts = (sum(int(getattr(d, k)) for d in decoded[name]) for k in ("whole", "parts"))
+    return {
+        "passes per token": (whole + parts) / total,
+        "of them whole": whole / total,
+        "tokens per second": total / float(np.median(seconds[name])),
+        "speed-up": _timing.ratios(seconds["plain"], seconds[name]),
+        "against": against,
+        "same tokens": float(np.mean([d.tokens == p.tokens for d, p in pairs])),
+        "seconds": seconds[name],
+    }
+
+
+def ask(model: Model, threshold: float, count: int) -> dict[str, Any]:
+    """Needle answers of every sampler, paired with those of plain decoding."""
+    suite = NeedleSuite(NeedleConfig(split="test"), (192,), (4,), count, seed=11)
+    filler = sources.chitchat_sentences("test")
+    drawn = needles.draw_episodes(suite, model.tokenizer, filler)
+    (episodes,) = drawn.values()
+    found: dict[str, Any] = {}
+    for length, block in ((256, 32), (32, 8), (8, 1)):
+        print(f"\n{count} needle questions, {length} tokens in blocks of {block}, batches of 16")
+        configs = {
+            name: dataclasses.replace(config, length=length, block_length=block)
+            for name, config in samplers(threshold).items()
+            if "block-causal" not in name
+        }
+        table = _answers(model, episodes, {name: (c, None) for name, c in configs.items()})
+        found[f"{length} tokens in blocks of {block}"] = table
+    plain = dataclasses.replace(PLAIN, length=8, block_length=1)
+    written_on = dataclasses.replace(model.memory, adapt_every=1)
+    systems = {
+        "no memory": (plain, None),
+        "memory": (plain, model.memory),
+        "memory, written on after every token": (plain, written_on),
+    }
+    print(f"\n{count} needle questions, 8 tokens in blocks of 1, with memory")
+    found["memory"] = _answers(model, episodes, systems)
+    return found
+
+
+def _answers(model: Model, episodes: Sequence[Any], systems: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy of every system, and how often its answers differ from the first one's."""
+    outcomes: dict[str, Any] = {}
+    for name, (config, memory) in systems.items():
+        system = System(name, model.denoiser, model.theta, memory)
+        answer = needles.answerer(
+            system, model.tokenizer, config, max_length=model.denoiser.config.max_length,
+            batch_size=16,
+        )  # fmt: skip
+        outcomes[name] = needles.evaluate_cell(episodes, answer)
+    first, found = next(iter(outcomes)), {}
+    for name, outcome in outcomes.items():
+        right, other = ([o.correct for o in outcomes[k]] for k in (first, name))
+        pair = statistics.paired(right, other)
+        said = np.mean([a.reply != b.reply for a, b in zip(outcomes[first], outcome, strict=True)])
+        found[name] = dataclasses.asdict(pair) | {
+            "accuracy": float(np.mean(other)),
+            "interval": statistics.wilson_interval(sum(other), len(other)),
+            "other answer": float(said),
+            "difference": pair.difference,
+            "difference interval": pair.interval,
+            "p_value": pair.p_value,
+        }
+        low, high = pair.interval
+        print(
+            f"  {name:<38} {np.mean(other):6.1%} right; other answer than {first} in {said:.1%}, "
+            f"right one way only {pair.only_first} / {pair.only_second}, difference "
+            f"{100 * pair.difference:+.1f} points ({100 * low:+.1f} .. {100 * high:+.1f}), "
+            f"p = {pair.p_value:.2g}"
+        )
+    return found
+
+
+def memory_cost(model: Model, repeats: int) -> dict[str, Any]:
+    """Writing a prompt of 256 tokens, as a share of generating 128 tokens in 128 steps."""
+    config = DecodeConfig(length=128, block_length=32, steps=128)
+    found = {}
+    print("\nwriting a prompt of 256 tokens into memory, then 128 tokens in 128 steps")
+    for rows in (1, 16):
+        prompts = pad_left(questions(model, rows, 258), 256, model.tokenizer.pad_id)
+        keys = jax.random.split(jax.random.key(0), rows)
+        generator = Generator(model.denoiser, model.memory, config)
+        write = functools.partial(
+            jax.jit(generation.write, static_argnums=0), generator, model.theta, keys, *prompts
+        )
+        programs: dict[str, Callable[[], Any]] = {
+            "with memory": model.program(config, prompts, model.memory),
+            "without": model.program(config, prompts),
+            "writing": write,
+        }
+        seconds = _timing.in_turn(programs, repeats)
+        share = _timing.ratios(seconds["writing"], seconds["without"])
+        whole = _timing.ratios(seconds["with memory"], seconds["without"])
+        found[f"{rows} rows"] = {"writing": share, "whole": whole, "seconds": seconds}
+        print(
+            f"  {rows:>2} rows: writing is {_timing.shown(share, 3)} of decoding without memory; "
+            f"writing and decoding with memory {_timing.shown(whole, 3)} of it"
+        )
+    return found
+
+
+def batching(model: Model, repeats: int) -> dict[str, Any]:
+    """Sixteen prompts in one batch against sixteen calls."""
+    config = DecodeConfig(length=64, block_length=32, steps=64)
+    prompts = questions(model, 16, 192)
+    together = pad_left(prompts, 192, model.tokenizer.pad_id)
+    alone = [pad_left([prompt], 192, model.tokenizer.pad_id) for prompt in prompts]
+    found = {}
+    print("\n16 prompts, 64 tokens in 64 steps")
+    for name, memory in (("without memory", None), ("with memory", model.memory)):
+        calls = [model.program(config, row, memory) for row in alone]
+        programs: dict[str, Callable[[], Any]] = {
+            "single": functools.partial(lambda calls: [call() for call in calls], calls),
+            "batch": model.program(config, together, memory),
+        }
+        seconds = _timing.in_turn(programs, repeats)
+        ratio = _timing.ratios(seconds["single"], seconds["batch"])
+        found[name] = {"speed-up": ratio, "seconds": seconds}
+        print(f"  {name:<15} one batch is {_timing.shown(ratio)} x as fast as 16 single calls")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    parser.add_argument("--model", default="memdlm_jax/assets/tiny", help="model folder")
+    parser.add_argument("--json", default="", help="file for the results")
+    parser.add_argument("--only", choices=("speed", "needles", "memory", "batch"))
+    parser.add_argument("--questions", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threshold", type=float, default=0.9)
+    options = parser.parse_args(arguments)
+    for name in ("questions", "repeats"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}={getattr(options, name)} must be at least 1")
+    try:
+        denoiser, theta, tokenizer = _model.load(options.model, "float32")
+        model = Model(denoiser, theta, tokenizer, _memory.settings(options.model, {}))
+        parts = {
+            "speed": lambda: speed(model, options.threshold, options.repeats),
+            "needles": lambda: ask(model, options.threshold, options.questions),
+            "memory": lambda: memory_cost(model, options.repeats),
+            "batch": lambda: batching(model, options.repeats),
+        }
+        chosen = {k: part for k, part in parts.items() if options.only in (None, k)}
+        found = {name: part() for name, part in chosen.items()}
+    except (OSError, ImportError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    _timing.write_json(options.json, {"options": vars(options)} | found)
+
+
+if __name__ == "__main__":
+    main()
