@@ -94,9 +94,9 @@ def talk(model: Model, count: int) -> list[list[int]]:
 
 
 def speed(model: Model, threshold: float, repeats: int) -> dict[str, Any]:
-    """256 tokens by every sampler, four prompts of each kind one after the other."""
+    """256 tokens by every sampler, two prompts of each kind one after the other."""
     found: dict[str, Any] = {}
-    kinds = {"needle questions": questions(model, 4, 192), "conversations": talk(model, 4)}
+    kinds = {"needle questions": questions(model, 2, 192), "conversations": talk(model, 2)}
     for kind, prompts in kinds.items():
         rows = [pad_left([prompt], 192, model.tokenizer.pad_id) for prompt in prompts]
         programs, decoded = {}, {}
@@ -201,7 +201,7 @@ def memory_cost(model: Model, repeats: int) -> dict[str, Any]:
     config = DecodeConfig(length=128, block_length=32, steps=128)
     found = {}
     print("\nwriting a prompt of 256 tokens into memory, then 128 tokens in 128 steps")
-    for rows in (1, 16):
+    for rows in (1, 4):
         prompts = pad_left(questions(model, rows, 258), 256, model.tokenizer.pad_id)
         keys = jax.random.split(jax.random.key(0), rows)
         generator = Generator(model.denoiser, model.memory, config)
@@ -226,13 +226,18 @@ def memory_cost(model: Model, repeats: int) -> dict[str, Any]:
 
 def batching(model: Model, repeats: int) -> dict[str, Any]:
     """Sixteen prompts in one batch against sixteen calls."""
-    config = DecodeConfig(length=64, block_length=32, steps=64)
+    plain = DecodeConfig(length=64, block_length=32, steps=64)
     prompts = questions(model, 16, 192)
     together = pad_left(prompts, 192, model.tokenizer.pad_id)
     alone = [pad_left([prompt], 192, model.tokenizer.pad_id) for prompt in prompts]
     found = {}
     print("\n16 prompts, 64 tokens in 64 steps")
-    for name, memory in (("without memory", None), ("with memory", model.memory)):
+    cached = dataclasses.replace(plain, cache="dual")
+    for name, config, memory in (
+        ("plain", plain, None),
+        ("dual cache", cached, None),
+        ("dual cache, memory", cached, model.memory),
+    ):
         calls = [model.program(config, row, memory) for row in alone]
         programs: dict[str, Callable[[], Any]] = {
             "single": functools.partial(lambda calls: [call() for call in calls], calls),
@@ -241,7 +246,7 @@ def batching(model: Model, repeats: int) -> dict[str, Any]:
         seconds = _timing.in_turn(programs, repeats)
         ratio = _timing.ratios(seconds["single"], seconds["batch"])
         found[name] = {"speed-up": ratio, "seconds": seconds}
-        print(f"  {name:<15} one batch is {_timing.shown(ratio)} x as fast as 16 single calls")
+        print(f"  {name:<18} one batch is {_timing.shown(ratio)} x as fast as 16 single calls")
     return found
 
 

@@ -76,7 +76,7 @@ Phi = Any
 """Fast weights, the Parametric Memory: a plain pytree of arrays; ``None`` is no memory."""
 
 Cache = Any
-"""Keys and values of layers: a dict of arrays [layers, b, columns, ...]."""
+"""Keys and values of layers: a tree of arrays [layers, b, ..., columns, d]."""
 
 Tokens = Int[Array, "b l"]
 Mask = Bool[Array, "b l"]

@@ -141,21 +141,42 @@ class Loop:
         )  # fmt: skip
 
     def run(self, state: State, until: int | Int[Array, ""]) -> State:
-        """Take steps until block ``until`` begins or all rows are finished."""
+        """Take steps until block ``until`` begins or all rows are finished.
+
+        Args:
+            state: at the beginning of a block.
+            until: number of a block.
+        """
 
         def more(state):
             return (state.block < until) & ~jnp.all(state.finished)
 
-        return jax.lax.while_loop(more, self.step, state)
+        if self.config.cache == "none":
+            return jax.lax.while_loop(more, self.step, state)
 
-    def step(self, state: State) -> State:
+        # Two loops, and no choice in the inner one: passing the cache through a conditional would
+        # copy it at every step.
+        def inside(state):
+            return (state.step > 0) & more(state)
+
+        def whole_block(state):
+            state = self.step(state, first=True)
+            return jax.lax.while_loop(inside, lambda s: self.step(s, first=False), state)
+
+        return jax.lax.while_loop(more, whole_block, state)
+
+    def step(self, state: State, first: bool | None = None) -> State:
         """One denoising step: predict the current block, commit, perhaps edit, perhaps move on.
 
         A row waits for the others at the end of each block. What it gets does not depend on them:
         its noise is drawn by block and step in the block.
+
+        Args:
+            state: any but the last.
+            first: whether it is a block's first step, if that is known beforehand.
         """
         config, size = self.config, self.config.block_size
-        logits, state = self._read(state)
+        logits, state = self._read(state, first)
         proposal = unmasking.propose(self._step_keys(state), logits, config, self.mask_token_id)
 
         at = state.block * size
@@ -207,18 +228,24 @@ class Loop:
         fold = jax.random.fold_in
         return jax.vmap(lambda key: fold(fold(key, state.block), state.step))(self.keys)
 
-    def _read(self, state: State) -> tuple[Float[Array, "b c v"], State]:
+    def _read(self, state: State, first: bool | None) -> tuple[Float[Array, "b c v"], State]:
         """Logits at the current block, guidance applied, and the state with caches renewed."""
         config = self.config
         caches = state.caches or (None,) * len(self.readers)
         read = [
             reading.read_block(
-                reader, self.canvas, config, state.tokens, state.block, state.step, cache
+                reader,
+                self.canvas,
+                config,
+                state.tokens,
+                state.block,
+                state.step == 0 if first is None else first,
+                cache,
             )
             for reader, cache in zip(self.readers, caches, strict=True)
         ]
         logits, caches = zip(*read, strict=True)
-        part = reading.how(config, state.block, state.step) > 0
+        part = reading.is_part(config, state.block, state.step)
         state = dataclasses.replace(state, whole=state.whole + ~part, parts=state.parts + part)
         if config.cache != "none":
             state = dataclasses.replace(state, caches=caches)

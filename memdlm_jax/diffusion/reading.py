@@ -6,13 +6,11 @@ from typing import Protocol
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memdlm_jax.diffusion.canvas import Canvas
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.typing import Cache, Tokens
-
-_WHOLE, _WITH_THE_ONE_BEFORE, _BLOCK = range(3)
 
 
 class Reader(Protocol):
@@ -39,7 +37,7 @@ class Reader(Protocol):
             first: number of the first one.
             wanted: indices into ``tokens`` at which logits are needed; nowhere else are any.
             cache: keys and values of the whole canvas; ``None`` if ``tokens`` is all of it.
-            keep: return keys and values of ``tokens``, an array [layers, b, q, ...] each.
+            keep: return keys and values of ``tokens``, arrays [layers, b, ..., q, d].
         """
         ...
 
@@ -78,17 +76,13 @@ def empty_caches(
     )
 
 
-def how(config: DecodeConfig, block: Int[Array, ""], step: Int[Array, ""]) -> Int[Array, ""]:
-    """What a step reads: 0 the whole canvas, 1 the block and the one before it, 2 the block.
-
-    Under ``prefix`` and full attention 2 reads all that stands behind the block as well.
-    """
+def is_part(config: DecodeConfig, block: Int[Array, ""], step: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether a step reads a part of the canvas, the rest being cached."""
     if config.cache == "none":
-        return jnp.zeros((), jnp.int32)
-    begins = jnp.array(_WHOLE)
-    if config.attention == "block_causal":
-        begins = jnp.where(block == 0, _WHOLE, _WITH_THE_ONE_BEFORE)
-    return jnp.where(step == 0, begins, _BLOCK)
+        return jnp.zeros((), bool)
+    if config.attention == "full":
+        return step > 0
+    return (step > 0) | (block > 0)
 
 
 def read_block(
@@ -97,7 +91,7 @@ def read_block(
     config: DecodeConfig,
     tokens: Tokens,
     block: Int[Array, ""],
-    step: Int[Array, ""],
+    first: bool | Bool[Array, ""],
     cache: Cache | None,
 ) -> tuple[Float[Array, "b c v"], Cache | None]:
     """Logits at the current block, and the cache, renewed where a block begins.
@@ -108,8 +102,8 @@ def read_block(
         config: block length, attention and kind of cache.
         tokens: [b, l] what stands on the canvas now.
         block: number of the current block.
-        step: steps taken in it.
-        cache: keys and values [layers, b, l, ...], or ``None``.
+        first: whether this is the block's first step; a program is smaller if that is a constant.
+        cache: keys and values, arrays [layers, b, ..., l, d], or ``None``.
     """
     size, length = config.block_size, tokens.shape[1]
     begins = canvas.start + block * size
@@ -118,14 +112,14 @@ def read_block(
         at = begins + jnp.arange(size)
         return reader(tokens, 0, at, keep=config.cache != "none")
 
-    def part(first, width: int, keep: bool = False):
+    def part(at, width: int, keep: bool = False):
         """Read ``width`` columns and those that they look back on."""
         width = min(width + reader.lookback, length)
-        first = jnp.clip(first - reader.lookback, 0, length - width)
-        columns = jax.lax.dynamic_slice_in_dim(tokens, first, width, 1)
-        at = begins - first + jnp.arange(size)
-        logits, own = reader(columns, first, at, cache, keep=keep)
-        return logits, put(cache, own, first) if keep else cache
+        at = jnp.clip(at - reader.lookback, 0, length - width)
+        columns = jax.lax.dynamic_slice_in_dim(tokens, at, width, 1)
+        wanted = begins - at + jnp.arange(size)
+        logits, own = reader(columns, at, wanted, cache, keep=keep)
+        return logits, put(cache, own, at) if keep else cache
 
     def with_the_one_before():
         # Its keys and values were last computed with masks in it.
@@ -135,23 +129,32 @@ def read_block(
         # Widths are powers of two, so that few programs serve all blocks.
         widths = _widths(config.num_blocks)
         which = jnp.searchsorted(jnp.array(widths), config.num_blocks - block)
-        reads = [lambda w=w: part(length - w * size, w * size) for w in widths]
-        return jax.lax.switch(which, reads)
+        # Without the cache: what passes through a conditional is copied.
+        reads = [lambda w=w: part(length - w * size, w * size)[0] for w in widths]
+        return jax.lax.switch(which, reads), cache
+
+    def begin_block():
+        if config.attention == "full":
+            return whole()
+        return jax.lax.cond(block == 0, whole, with_the_one_before)
+
+    def go_on():
+        if (config.attention, config.cache) == ("full", "prefix"):
+            return with_all_behind()
+        return part(begins, size)
 
     if config.cache == "none":
         return whole()
-    if config.attention == "full":
-        rest = with_all_behind if config.cache == "prefix" else lambda: part(begins, size)
-        return jax.lax.cond(step == 0, whole, rest)
-    reads = [whole, with_the_one_before, lambda: part(begins, size)]
-    return jax.lax.switch(how(config, block, step), reads)
+    if isinstance(first, bool):
+        return begin_block() if first else go_on()
+    return jax.lax.cond(first, begin_block, go_on)
 
 
 def put(cache: Cache, own: Cache, first: int | Int[Array, ""]) -> Cache:
     """Write the keys and values of consecutive columns into the cache of the whole canvas."""
 
     def write(old, new):
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), first, 2)
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), first, old.ndim - 2)
 
     return jax.tree.map(write, cache, own)
 

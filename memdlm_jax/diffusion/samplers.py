@@ -112,7 +112,7 @@ class DecodeConfig:
                 f"decode.block_length={self.block_length} must divide length={self.length}"
             )
         blocks = -(-self.length // self.block_size)
-        if self.steps % blocks:
+        if self.steps % blocks and self.quotas != "scheduler":
             raise ValueError(f"decode.steps={self.steps} must be a multiple of the {blocks} blocks")
         if self.quotas == "even" and self.steps_per_block > self.block_size:
             raise ValueError(
@@ -150,7 +150,8 @@ class DecodeConfig:
         """Denoising steps of a block, editing after its last mask not counted."""
         if not self.steps:
             return self.block_size
-        return self.steps // -(-self.length // self.block_size)
+        # dLLM rounds up where blocks do not divide steps; the other rules ask that they do.
+        return -(-self.steps // -(-self.length // self.block_size))
 
 
 SAMPLERS: dict[str, DecodeConfig] = {

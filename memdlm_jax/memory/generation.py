@@ -196,7 +196,7 @@ def _memory_of(generator: Generator) -> MemoryConfig:
 
 
 def advance(generator: Generator, theta: Theta, progress: Progress, until) -> Progress:
-    """Take steps until block ``until`` begins or all rows are finished."""
+    """From the beginning of a block, take steps until another begins or all rows are finished."""
     loop = loop_of(generator, theta, progress.canvas, progress.keys, progress.phi)
     return dataclasses.replace(progress, state=loop.run(progress.state, until))
 

@@ -157,7 +157,7 @@ def adapt_to(
         denoiser: the backbone.
         config: memory settings.
         theta: base parameters.
-        phi: phi_0, leaves [groups, ...].
+        phi: where the inner loop starts, leaves [groups, ...]; a learned start is not put into it.
         trajectory: the states; its teachers must read tokens of its own.
         valid: [b, l] bool.
         position_ids: [b, l] int32, or ``None`` for 0 .. l-1.

@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions, in both directions or under any mask."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from memdlm_jax.models.layers import Initializer, Linear, RMSNorm
 
 KeysAndValues = tuple[jax.Array, jax.Array]
-"""Rotated keys and values, each [b, k, kv_heads, head_dim]."""
+"""Rotated keys and values, each [b, kv_heads, k, head_dim]."""
 
 
 def rotary(
@@ -40,18 +41,26 @@ def rotary(
     return rotated.astype(x.dtype)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    cached: KeysAndValues | None = None,
+) -> jax.Array:
     """Softmax attention; scores and softmax in float32 or wider.
 
     ``jax.nn.dot_product_attention`` takes the softmax in float32 whatever its inputs, which loses
-    float64 parity; this is the same product without that cast, and it has second derivatives.
+    float64, and gives a query without keys their mean.
 
     Args:
         query: [b, l, heads, head_dim].
         key: [b, k, kv_heads, head_dim]; kv head j serves the query heads of its group.
         value: like ``key``.
         mask: who sees whom: bool [b, k] (the keys that every query sees) or [b | 1, l, k]; or a
-            floating [b | 1, l, k], added to the scores; ``None`` for all.
+            floating [b | 1, l, k], added to the scores; ``None`` for all. With ``cached`` its keys
+            are those, and behind them ``key``.
+        cached: further keys and values, heads before columns.
 
     Returns:
         [b, l, heads, head_dim] in the dtype of ``query``; zeros for a query that sees no key.
@@ -64,14 +73,26 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     kv_heads = key.shape[1]
     query = query.reshape(rows, kv_heads, -1, size)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=wide) * size**-0.5
+    # Cached keys are not joined with the others, which would copy them at every step.
+    parts = [(key, value)] if cached is None else [cached, (key, value)]
     bias, seen = _bias(mask, wide, heads // kv_heads)
-    if bias is not None:
-        scores += bias
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(value.dtype)
-    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=wide) / total
+    scores, at = [], 0
+    for keys, _ in parts:
+        product = jnp.einsum("bhqd,bhkd->bhqk", query, keys, preferred_element_type=wide)
+        product = product * size**-0.5
+        if bias is not None:
+            product += bias[..., at : at + keys.shape[2]]
+        scores.append(product)
+        at += keys.shape[2]
+    largest = functools.reduce(jnp.maximum, [jnp.max(x, -1, keepdims=True) for x in scores])
+    largest = jax.lax.stop_gradient(largest)
+    weights = [jnp.exp(x - largest) for x in scores]
+    total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+    products = [
+        jnp.einsum("bhqk,bhkd->bhqd", x.astype(v.dtype), v, preferred_element_type=wide)
+        for x, (_, v) in zip(weights, parts, strict=True)
+    ]
+    mixed = functools.reduce(jnp.add, products) / total
     if seen is not None:
         mixed = jnp.where(seen, mixed, 0)
     mixed = mixed.astype(value.dtype).reshape(rows, heads, length, size)
@@ -194,8 +215,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KeysAndValues]:
         """Map [b, l, d] to [b, l, d] and the keys and values of x itself.
 
-        ``mask`` as in ``attend``; its keys are those of ``cached`` [b, k, kv_heads, head_dim],
-        which are attended to as well, and behind them x's own.
+        ``mask`` and ``cached`` as in ``attend``.
         """
         s = self.spec
         query, key, value = self._project(x)
@@ -204,13 +224,9 @@ class Attention(nn.Module):
             key = RMSNorm(s.norm_epsilon, self.param_dtype, name="k_norm")(key)
         query = rotary(query, position_ids, s.rope_theta, s.rotary_channels)
         key = rotary(key, position_ids, s.rope_theta, s.rotary_channels)
-        own = key, value
-        if cached is not None:
-            pairs = zip(cached, own, strict=True)
-            key, value = (jnp.concatenate(pair, axis=1) for pair in pairs)
-        mixed = attend(query, key, value, mask).reshape(*x.shape[:-1], -1)
+        mixed = attend(query, key, value, mask, cached).reshape(*x.shape[:-1], -1)
         output = Linear(x.shape[-1], self.output_init, self.param_dtype, name="o_proj")
-        return output(mixed), own
+        return output(mixed), (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values, [b, l, heads, head_dim]."""

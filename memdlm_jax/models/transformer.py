@@ -305,8 +305,8 @@ class Transformer:
             if own is not None:
                 own[run.name] = kept
         if own is not None:
-            shape = (1, *hidden.shape[:2])  # Leaves of a cache have an axis of layers.
-            own["position_ids"] = jnp.broadcast_to(positions, shape)
+            rows = (hidden.shape[0], positions.shape[1])
+            own["position_ids"] = jnp.broadcast_to(positions, rows)[None, ..., None]
         return hidden
 
     def _mask(self, attend, positions: jax.Array, cache: Cache | None) -> jax.Array | None:
@@ -316,9 +316,9 @@ class Transformer:
             return attend
         keys = positions
         if cache is not None:
-            rows = (cache["position_ids"].shape[1], positions.shape[1])
-            own = jnp.broadcast_to(positions, rows)
-            keys = jnp.concatenate([cache["position_ids"][0], own], axis=1)
+            cached = cache["position_ids"][0, ..., 0]
+            own = jnp.broadcast_to(positions, (len(cached), positions.shape[1]))
+            keys = jnp.concatenate([cached, own], axis=1)
         causal = sees_block(positions, keys, block)
         if attend is None:
             return causal

@@ -69,6 +69,12 @@ def test_shares_of_independent_commits_leave_the_planned_number_masked(quotas):
     np.testing.assert_allclose(left, np.linspace(36, 0, 10), atol=0.05)
 
 
+def test_the_scheduler_rounds_up_steps_that_blocks_do_not_divide():
+    config = DecodeConfig(length=12, block_length=6, steps=5, quotas="scheduler")
+    assert config.steps_per_block == 3
+    assert samplers.plan(config).quota.tolist() == scheduler_quotas(6, 3)
+
+
 def test_published_settings():
     assert SAMPLERS["llada"] == DecodeConfig()
     quality, speed = SAMPLERS["llada2_1_quality"], SAMPLERS["llada2_1_speed"]
