@@ -200,16 +200,20 @@ def test_a_written_memory_serves_again():
         generation.write(Generator(small("llada"), None, CAUSAL), theta, keys, tokens, valid)
 
 
-def write_in_pieces(chunk, prompts, width=None, **changes):
+GENTLE = dataclasses.replace(MEMORY, learning_rate=0.5)
+
+
+def write_in_pieces(chunk, prompts):
     """phi and record of prompts that begin in column 0."""
-    width = width or max(map(len, prompts))
+    width = max(map(len, prompts))
     tokens = np.array([[*p, *[0] * (width - len(p))] for p in prompts])
     valid = np.arange(width) < np.array([[len(p)] for p in prompts])
-    config = dataclasses.replace(MEMORY, prompt_chunk=chunk, **changes)
+    config = dataclasses.replace(GENTLE, prompt_chunk=chunk)
     keys = jax.random.split(jax.random.key(0), len(prompts))
+    theta = theta_of("llada")
     write = jax.jit(
         lambda keys, tokens, valid: prompt_memory.write_prompts(
-            keys, small("llada"), config, theta_of("llada"), tokens, valid
+            keys, small("llada"), config, theta, tokens, valid
         )
     )
     return write(keys, tokens, valid)
@@ -222,7 +226,7 @@ def test_a_long_prompt_is_written_piece_by_piece():
     assert record.loss.shape == (3, 1, 1) and np.isfinite(record.loss).all()
     key = jax.random.split(jax.random.key(0), 1)[0]
     phi_key, key = jax.random.split(key)
-    config = dataclasses.replace(MEMORY, prompt_chunk=4)
+    config = dataclasses.replace(GENTLE, prompt_chunk=4)
     own = fast_weights.init(phi_key, small("llada"), config, 1)
     write = jax.jit(
         functools.partial(
