@@ -68,8 +68,8 @@ class Decoded:
             edited; -1 behind the end of a row that stopped early.
         confidence: [b, length] float32, probability of each token then.
         steps: [b] int32, denoising steps of each row.
-        whole: int32, passes over the whole canvas.
-        parts: int32, passes over a part of it, the rest cached.
+        whole: int32, passes over the whole canvas; with guidance each is two.
+        parts: int32, passes over a part of it, the rest cached; likewise.
         history: [b, most steps + 1, length] int32, before the row's first step and after each,
             masks included; zeros after its last step. ``None`` unless recorded.
     """
@@ -232,16 +232,9 @@ class Loop:
         """Logits at the current block, guidance applied, and the state with caches renewed."""
         config = self.config
         caches = state.caches or (None,) * len(self.readers)
+        here = state.tokens, state.block, state.step == 0 if first is None else first
         read = [
-            reading.read_block(
-                reader,
-                self.canvas,
-                config,
-                state.tokens,
-                state.block,
-                state.step == 0 if first is None else first,
-                cache,
-            )
+            reading.read_block(reader, self.canvas, config, *here, cache)
             for reader, cache in zip(self.readers, caches, strict=True)
         ]
         logits, caches = zip(*read, strict=True)

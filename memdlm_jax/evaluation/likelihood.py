@@ -211,27 +211,27 @@ def dataset_losses(
 ) -> Float[np.ndarray, "n"]:
     """``row_losses`` of every row, in the given order; rows of like length share a batch."""
     order = np.argsort([len(row.tokens) for row in rows], kind="stable")
-    capacity = _up_to(32, max(len(row.tokens) - row.prompt_length for row in rows))
+    capacity = up_to(32, max(len(row.tokens) - row.prompt_length for row in rows))
     losses = np.zeros(len(rows))
     for start in range(0, len(rows), batch_size):
         # A short last batch repeats its last row: one shape, and the repeats write the same loss.
         places = order[np.minimum(np.arange(start, start + batch_size), len(rows) - 1)]
         losses[places] = row_losses(
             system.denoiser, system.memory, config.samples, capacity, system.theta,
-            jax.random.key(config.seed), places, _pad([rows[i] for i in places], pad_token_id),
+            jax.random.key(config.seed), places, pad_rows([rows[i] for i in places], pad_token_id),
             system.inner,
         )  # fmt: skip
     return losses
 
 
-def _up_to(multiple: int, length: int) -> int:
+def up_to(multiple: int, length: int) -> int:
     """The next multiple: few shapes, few compilations."""
     return -(-length // multiple) * multiple
 
 
-def _pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
-    """Rows in one batch, padded on the right."""
-    width = _up_to(128, max(len(row.tokens) for row in rows))
+def pad_rows(rows: Sequence[Row], pad_token_id: int) -> Batch:
+    """Rows in one batch, padded on the right to a multiple of 128 columns."""
+    width = up_to(128, max(len(row.tokens) for row in rows))
     tokens = np.full((len(rows), width), pad_token_id, np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row.tokens)] = row.tokens

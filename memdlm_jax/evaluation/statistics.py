@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -136,3 +136,37 @@ def ratio_estimate(sums: ArrayLike, counts: ArrayLike) -> tuple[float, float]:
     ratio = x.sum() / m.sum()
     spread = np.sqrt(np.sum((x - ratio * m) ** 2) * len(x) / (len(x) - 1))
     return float(ratio), float(spread / m.sum())
+
+
+def bootstrap(
+    estimate: Callable[..., np.ndarray],
+    rows: Sequence[ArrayLike],
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile interval of an estimate, by drawing rows with replacement (Efron, 1979).
+
+    Args:
+        estimate: the arrays, each with the drawn rows first -> a number or an array.
+        rows: arrays with one entry of their first axis per row; all are drawn alike, so that what
+            belongs to a row stays together.
+        resamples: draws.
+        seed: of the draws.
+
+    Returns:
+        (low, high), shaped like the estimate.
+
+    Raises:
+        ValueError: the arrays differ in their number of rows, or there are fewer than two.
+    """
+    arrays = [np.asarray(array) for array in rows]
+    counts = {len(array) for array in arrays}
+    if len(counts) != 1 or min(counts) < 2:
+        raise ValueError(f"bootstrap over {sorted(counts)} rows: one number, at least 2, is asked")
+    rng, n = np.random.default_rng(seed), counts.pop()
+    drawn = []
+    for _ in range(resamples):
+        chosen = rng.integers(n, size=n)
+        drawn.append(estimate(*(array[chosen] for array in arrays)))
+    low, high = np.quantile(np.stack(drawn), (0.025, 0.975), axis=0)
+    return low, high

@@ -157,6 +157,8 @@ def start(
     record: bool = False,
 ) -> Progress:
     """Write, lay out the canvas, and stop before the first step; arguments as in ``generate``."""
+    if generator.memory is None and not (phi is None and context is None):
+        raise ValueError("memory=None: there is no memory for phi or a context")
     if generator.memory is not None and phi is None:
         written = (prompts, valid) if context is None else context
         phi, _ = write(generator, theta, keys, *written, inner)

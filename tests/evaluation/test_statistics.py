@@ -81,3 +81,20 @@ def test_ratio_estimate_is_the_mean_for_equal_counts():
     assert error == pytest.approx(values.std(ddof=1) / math.sqrt(3))
     with pytest.raises(ValueError, match="two or more rows"):
         statistics.ratio_estimate([1.0], [1])
+
+
+def test_the_bootstrap_of_a_mean_is_as_wide_as_students_interval():
+    x = np.random.default_rng(0).normal(3.0, 2.0, (400, 2))
+    low, high = statistics.bootstrap(lambda rows: rows.mean(0), [x], resamples=3000, seed=1)
+    error = x.std(0, ddof=1) / 20
+    np.testing.assert_allclose(low, x.mean(0) - 1.96 * error, atol=0.12 * error.max())
+    np.testing.assert_allclose(high, x.mean(0) + 1.96 * error, atol=0.12 * error.max())
+
+
+def test_the_bootstrap_keeps_rows_together():
+    x = np.random.default_rng(0).normal(size=50)
+    low, high = statistics.bootstrap(lambda a, b: (a - b).mean(), [x, x - 1], resamples=100)
+    assert low == pytest.approx(1) and high == pytest.approx(1)
+    for rows in ([x, x[:-1]], [x[:1]]):
+        with pytest.raises(ValueError, match="one number, at least 2, is asked"):
+            statistics.bootstrap(lambda *a: a[0].mean(), rows)

@@ -196,6 +196,9 @@ def test_a_written_memory_serves_again():
     same = generation.generate(generator, theta, keys, *questions, context=(tokens, valid))
     assert_same(asked, same)
     assert np.abs(asked.confidence[0] - asked.confidence[1]).max() > 1e-3
+    plain = Generator(small("llada"), None, CAUSAL)
+    with pytest.raises(ValueError, match="memory=None: there is no memory for phi or a context"):
+        generation.generate(plain, theta, keys, tokens, valid, phi=phi)
     with pytest.raises(ValueError, match="memory=None: there is no memory to write into"):
         generation.write(Generator(small("llada"), None, CAUSAL), theta, keys, tokens, valid)
 

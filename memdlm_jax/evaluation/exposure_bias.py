@@ -1,0 +1,209 @@
+"""Exposure bias: how much worse a denoiser is on its own guesses than on the true text.
+
+At a mask ratio, the static loss masks the true response at random, as training does; the sequential
+loss starts from an all-masked response and fills it with the model's own most confident guesses
+down to that ratio. Both score the tokens that are still masked against the truth, and their ratio
+is 1 where errors do not feed on themselves (Pei et al., arXiv 2603.22241, section 3).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from memdlm_jax.data.sft import Row
+from memdlm_jax.diffusion import masking, objective, unmasking
+from memdlm_jax.evaluation import statistics
+from memdlm_jax.evaluation.likelihood import pad_rows, up_to
+from memdlm_jax.evaluation.systems import System
+from memdlm_jax.memory import fast_weights
+from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.learned import InnerParameters
+from memdlm_jax.memory.prompt_memory import write_prompts
+from memdlm_jax.typing import Batch, Denoiser, Key, Theta
+
+
+@dataclasses.dataclass(frozen=True)
+class ExposureConfig:
+    """How the trajectory is sampled.
+
+    Attributes:
+        steps: denoising steps from an all-masked response, the paper's figure has 48; before each
+            of them both losses are taken.
+        seed: of the random masks, the same for every system, and of memory.
+        resamples: of the bootstrap over rows.
+    """
+
+    steps: int = 48
+    seed: int = 0
+    resamples: int = 2000
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("seed", 0), ("resamples", 100)):
+            if getattr(self, name) < least:
+                raise ValueError(f"exposure.{name}={getattr(self, name)} must be at least {least}")
+
+
+def masked_counts(maskable: Int[Array, "b"], steps: int) -> Int[Array, "s b"]:
+    """Tokens still masked before each step, from all of them on, at least one."""
+    left = (steps - jnp.arange(steps))[:, None]
+    return -(-maskable * left // steps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def row_curves(
+    denoiser: Denoiser,
+    memory: MemoryConfig | None,
+    steps: int,
+    capacity: int,
+    theta: Theta,
+    key: Key,
+    rows: Int[Array, "b"],
+    batch: Batch,
+    inner: InnerParameters | None = None,
+) -> tuple[Float[Array, "s b"], Float[Array, "s b"]]:
+    """Mean loss of the still masked tokens before every step, in nats, by both ways of masking.
+
+    Args:
+        denoiser: the backbone.
+        memory: write the row's prompt (its valid tokens that are not maskable) into memory first;
+            ``None`` is the plain model.
+        steps: denoising steps.
+        capacity: target slots, at least the maskable tokens of any row.
+        theta: base parameters.
+        key: PRNG key, the same for every batch.
+        rows: number of every row; a row's masks hang on it alone, not on its neighbours.
+        batch: clean rows [b, l], padded on the right, each with a maskable token.
+        inner: the learned inner loop's parameters.
+
+    Returns:
+        (static, sequential), [steps, b] each.
+    """
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    memory_keys, mask_keys = jnp.unstack(jax.vmap(jax.random.split)(row_keys), axis=1)
+    phi, split = None, denoiser.num_layers
+    if memory is not None:
+        prompt = batch.valid & ~batch.maskable
+        phi, _ = write_prompts(memory_keys, denoiser, memory, theta, batch.tokens, prompt, inner)
+        split = fast_weights.split_of(denoiser, memory)
+    response = objective.gather_targets(batch.tokens, batch.maskable, capacity)
+    counts = masked_counts(batch.maskable.sum(-1), steps)
+
+    def predict(tokens):
+        hidden = denoiser.trunk(theta, tokens, batch.valid, split=split)
+        last = fast_weights.head_with_memory(denoiser, theta, phi, hidden, batch.valid, split=split)
+        return denoiser.readout(theta, objective.hidden_at(last, response))
+
+    def loss(logits, tokens):
+        """Over the response's masked tokens."""
+        now = jnp.take_along_axis(tokens, response.positions, axis=1)
+        masked = response.present & (now == denoiser.mask_token_id)
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        nll = -jnp.take_along_axis(log_p, response.labels[..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(masked, nll, 0), axis=1) / jnp.sum(masked, axis=1), masked
+
+    def one_step(tokens, now):
+        index, count, then = now
+        logits = predict(tokens)
+        sequential, masked = loss(logits, tokens)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(mask_keys, index)
+        choose = jax.vmap(lambda k, m, c: masking.choose_exactly(k, m[None], c[None])[0])
+        mask = choose(keys, batch.maskable, count)
+        noisy = masking.apply_mask(batch.tokens, mask, denoiser.mask_token_id)
+        static, _ = loss(predict(noisy), noisy)
+
+        guesses = logits.at[..., denoiser.mask_token_id].set(-jnp.inf)
+        best = jnp.argmax(guesses, axis=-1)
+        sureness = jnp.max(guesses, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        commit = unmasking.most_confident(sureness, masked, (count - then)[:, None])
+        tokens = _put(tokens, response.positions, best, commit)
+        return tokens, (static, sequential)
+
+    start = masking.apply_mask(batch.tokens, batch.maskable, denoiser.mask_token_id)
+    then = jnp.concatenate([counts[1:], jnp.zeros_like(counts[:1])])
+    _, curves = jax.lax.scan(one_step, start, (jnp.arange(steps), counts, then))
+    return curves
+
+
+def _put(tokens, positions, new, where):
+    """Write tokens at some of the given positions of every row."""
+    columns = jnp.where(where, positions, tokens.shape[1])  # Out of bounds is dropped.
+    return jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))(
+        tokens, columns, new.astype(tokens.dtype)
+    )
+
+
+def evaluate(
+    systems: Sequence[System],
+    rows: Sequence[Row],
+    config: ExposureConfig,
+    *,
+    pad_token_id: int,
+    batch_size: int = 8,
+) -> dict:
+    """The exposure bias ratio of every system over the denoising steps, on the same random masks.
+
+    Args:
+        systems: those with memory write each row's prompt first.
+        rows: encoded conversations, two or more, each with a response.
+        config: steps and seed.
+        pad_token_id: fills short rows.
+        batch_size: rows at a time.
+
+    Returns:
+        JSON-ready ``{"config", "rows", "mask_ratio": [steps], "systems": {name: {"static",
+        "sequential", "ratio", "interval"}}}``. Losses are means over rows of the mean over a row's
+        masked tokens, in nats; the ratio is that of the means, its 95 % interval (low, high) by
+        bootstrap over rows.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} rows are too few: exposure bias needs at least 2")
+    found = {}
+    for system in systems:
+        static, sequential = dataset_curves(system, rows, config, pad_token_id, batch_size)
+        low, high = statistics.bootstrap(
+            lambda s, q: q.mean(0) / s.mean(0), (static, sequential), config.resamples, config.seed
+        )
+        found[system.name] = {
+            "static": static.mean(0).tolist(),
+            "sequential": sequential.mean(0).tolist(),
+            "ratio": (sequential.mean(0) / static.mean(0)).tolist(),
+            "interval": [low.tolist(), high.tolist()],
+        }
+    left = (config.steps - np.arange(config.steps)) / config.steps
+    return {
+        "config": dataclasses.asdict(config),
+        "rows": len(rows),
+        "mask_ratio": left.tolist(),
+        "systems": found,
+    }
+
+
+def dataset_curves(
+    system: System,
+    rows: Sequence[Row],
+    config: ExposureConfig,
+    pad_token_id: int,
+    batch_size: int = 8,
+) -> tuple[Float[np.ndarray, "n s"], Float[np.ndarray, "n s"]]:
+    """``row_curves`` of every row, in the given order; rows of like length share a batch."""
+    order = np.argsort([len(row.tokens) for row in rows], kind="stable")
+    capacity = up_to(32, max(len(row.tokens) - row.prompt_length for row in rows))
+    static, sequential = np.zeros((2, len(rows), config.steps))
+    for start in range(0, len(rows), batch_size):
+        # A short last batch repeats its last row: one shape, and the repeats write the same loss.
+        places = order[np.minimum(np.arange(start, start + batch_size), len(rows) - 1)]
+        curves = row_curves(
+            system.denoiser, system.memory, config.steps, capacity, system.theta,
+            jax.random.key(config.seed), places, pad_rows([rows[i] for i in places], pad_token_id),
+            system.inner,
+        )  # fmt: skip
+        static[places], sequential[places] = (np.asarray(curve).T for curve in curves)
+    return static, sequential
