@@ -55,7 +55,17 @@ def written_settings(path: str) -> MemoryConfig:
     file = Path(f"{path}.json")
     if not file.exists():
         raise FileNotFoundError(f"{file} is not there: it is written by save_memory, with {path}")
-    return _cli.build(MemoryConfig, json.loads(file.read_text())["memory"], str(file))
+    return _cli.build(MemoryConfig, _facts(file)["memory"], str(file))
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not (isinstance(facts, dict) and {"weights", "memory"} <= facts.keys()):
+        raise ValueError(f"{file} must have 'weights' and 'memory', as save_memory writes it")
+    return facts
 
 
 def load_written(
@@ -66,7 +76,7 @@ def load_written(
     Raises:
         ValueError: it was written with other weights, or has other shapes.
     """
-    if json.loads(Path(f"{path}.json").read_text())["weights"] != _digest(model, under):
+    if _facts(Path(f"{path}.json"))["weights"] != _digest(model, under):
         raise ValueError(
             f"{path} was written with other weights than those of {model}: a memory is a change "
             "to these very weights"
@@ -84,8 +94,11 @@ def written_lines(path: str) -> Iterator[str]:
         FileNotFoundError, ValueError: see ``written_settings``; or it cannot be read.
     """
     memory = written_settings(path)
-    with safetensors.safe_open(path, framework="flax") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safetensors.safe_open(path, framework="flax") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
     flat: dict[str, Any] = {}
     for name, array in arrays.items():
         above, leaf = name.rsplit("/", 1)

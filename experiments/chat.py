@@ -26,10 +26,10 @@ from experiments import _cli, _memory, _model
 from experiments._chat_model import UNBOUNDED, Answerer, encoded, fit, padded
 from experiments._chat_screen import Screen, painted
 from memdlm_jax.data.example import Message
-from memdlm_jax.diffusion import unmasking
 from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import animation
+from memdlm_jax.evaluation.systems import replies, stopping
 from memdlm_jax.memory import generation
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.generation import Generator
@@ -51,7 +51,7 @@ class ChatConfig:
 
     Attributes:
         model: model folder: config.json or a PEFT adapter, safetensors, tokenizer.
-        decode: the sampler; an empty ``stop`` becomes the tokenizer's ends of turn and sequence.
+        decode: the sampler; replies also stop at the tokenizer's ends of turn and sequence.
         memory: how prompts are written into memory, ``None`` for none until ``/memory on``.
         standby: what ``/memory on`` then takes; ``None`` for the model folder's settings.
         seed: of memory and sampling noise.
@@ -138,9 +138,7 @@ class Chat:
         self.denoiser, self.theta, self.tokenizer = _model.load(
             config.model, config.dtype, config.base, config.under
         )
-        self.ends = self.tokenizer.eos_id, self.tokenizer.end_of_turn_id
-        stop = config.decode.stop or tuple(dict.fromkeys(self.ends))
-        self.decode = dataclasses.replace(config.decode, stop=stop)
+        self.decode = stopping(config.decode, self.tokenizer)
         self.max_length = config.max_length or self.denoiser.config.max_length
         self.room = self.max_length - self.decode.length
         if self.room < 1:
@@ -199,10 +197,9 @@ class Chat:
                 padded(self.tokenizer, self._written(ids, turns), UNBOUNDED),
                 lambda seen: show(self._picture(seen)),
             )
-        ends = {*self.ends, *self.decode.stop}
-        length = min(int(unmasking.text_lengths(decoded.tokens, end)[0]) for end in ends)
-        reply = self.tokenizer.decode(np.asarray(decoded.tokens)[0, :length])
-        self.screen.reply(reply, self._picture(decoded, length))
+        said = replies(self.tokenizer, decoded, self.decode.stop)
+        reply = said.texts[0]
+        self.screen.reply(reply, self._picture(decoded, int(said.lengths[0])))
         if cost:
             self.screen.note(str(cost))
         prompt = self.tokenizer.decode(ids, skip_special=False)

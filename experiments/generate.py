@@ -85,6 +85,8 @@ class GenerateConfig:
     def __post_init__(self):
         if not self.model:
             raise ValueError("model='' must name a model folder")
+        if self.prompt and not self.prompt.strip():
+            raise ValueError(f"prompt={self.prompt!r} must have some text")
         if bool(self.prompt) == bool(self.input):
             raise ValueError(
                 f"prompt={self.prompt!r} and input={self.input!r}: exactly one must be given"
@@ -120,9 +122,10 @@ def from_config_dict(config: config_dict.ConfigDict) -> GenerateConfig:
     saved = settings.get("load_memory", "")
     if saved:
         changed = {name: x for name, x in settings["memory"].items() if x is not None}
+        now = {"adapt_every": changed.pop("adapt_every", 0)}
         if changed:
             raise ValueError(f"load_memory={saved!r} brings its own settings, not {changed}")
-        settings["memory"] = _memory.written_settings(saved)
+        settings["memory"] = dataclasses.replace(_memory.written_settings(saved), **now)
         return _cli.build(GenerateConfig, settings)
     folder = settings["model"] if enabled else ""
     memory = _memory.settings(folder, settings["memory"])  # a typo is an error in any case
@@ -140,19 +143,34 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     if config.prompt:
         return [config.prompt]
     if config.input == "-":
-        lines, name = sys.stdin.read().splitlines(), "standard input"
+        text, name = sys.stdin.read(), "standard input"
     else:
-        lines, name = Path(config.input).read_text(encoding="utf-8").splitlines(), config.input
+        text, name = _read(config.input), config.input
+    lines = text.split("\n")  # Nothing else ends a line, of JSON least of all.
+    lines = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
     read = _from_json if name.endswith(".jsonl") else str
     prompts = []
     for number, line in enumerate(lines, start=1):
         prompt = read(line)
         if not prompt or not prompt.strip():
-            raise ValueError(f"{name}:{number}: the prompt is empty or missing")
+            raise ValueError(f"{name}:{number}: the prompt is empty or missing, or no JSON object")
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{name} has no prompt; it must have one per line")
     return prompts
+
+
+def _read(file: str) -> str:
+    """A text file, with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no UTF-8.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text: {error}") from error
 
 
 def _from_json(line: str) -> str:
@@ -191,7 +209,7 @@ def answers(config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, An
         system, ids, settings, seed=config.seed, pad_token_id=tokenizer.pad_id,
         max_length=max_length, batch_size=config.batch_size, phi=phi, record=config.history,
     ):  # fmt: skip
-        said = replies(tokenizer, decoded)
+        said = replies(tokenizer, decoded, settings.stop)
         for row, text in enumerate(said.texts):
             answer = {
                 "prompt": next(asked),
@@ -215,7 +233,7 @@ def read_context(config: GenerateConfig) -> str:
     """
     if not config.context:
         return ""
-    text = Path(config.context).read_text(encoding="utf-8").strip()
+    text = _read(config.context).strip()
     if not text:
         raise ValueError(f"context={config.context!r} is empty")
     return text
@@ -240,6 +258,8 @@ def memory_of(
     pieces = system.memory.prompt_chunk
     example = Example(context, "?", "the context", "input")
     ids = prompt_ids(tokenizer, example, sys.maxsize)
+    if pieces > max_length:
+        raise ValueError(f"memory.prompt_chunk={pieces} must be at most max_length={max_length}")
     if not pieces and len(ids) > max_length:
         raise ValueError(
             f"context={config.context!r} has {len(ids)} tokens, more than max_length={max_length}: "
@@ -256,6 +276,8 @@ def memory_of(
 def main(config: GenerateConfig) -> None:
     """Run from the command line; lines are written as they come."""
     found = answers(config, read_prompts(config))
+    for file in filter(None, (config.output, config.save_memory)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     first = next(found)  # What cannot be answered must not have emptied the file of the answers.
     with contextlib.ExitStack() as stack:
         out = sys.stdout

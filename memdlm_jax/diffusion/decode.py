@@ -125,8 +125,7 @@ class Loop:
         rows, width = canvas.fillable.shape
         windows = None
         if record:
-            edits = 0 if config.editing_threshold is None else config.post_steps
-            most = config.num_blocks * (len(samplers.plan(config).quota) + edits)
+            most = config.num_blocks * samplers.most_steps(config)
             windows = jnp.zeros((rows, most + 1, width), jnp.int32)
             windows = windows.at[:, 0].set(canvas.tokens[:, canvas.start :])
         zero, none = jnp.zeros((), jnp.int32), jnp.zeros(rows, bool)
@@ -201,6 +200,7 @@ class Loop:
             calm = ~had_masks & ~jnp.any(edit, axis=1)
             settled &= calm | (editing >= config.post_steps)
             state = dataclasses.replace(state, editing=editing)
+        settled |= state.step + 1 >= samplers.most_steps(config)  # Whatever the logits are.
         state = dataclasses.replace(
             state, settled=state.settled | settled, steps=state.steps + active, step=state.step + 1
         )

@@ -52,7 +52,8 @@ class DecodeConfig:
         suppress: tokens that are never generated.
         defer: tokens that are proposed, but count as least confident (LLaDA's
             ``confidence_eos_eot_inf``).
-        stop: a row that has generated one of these is finished at the end of the block.
+        stop: a row that has generated one of these is finished at the end of the block; answers in
+            text also stop at the tokenizer's ends.
         attention: ``full``, or ``block_causal``: a token sees its own block and those before it.
         alignment: blocks begin at the end of the ``prompt``, or are counted from the ``row``'s
             first token (LLaDA2), so that the first block may hold the prompt's end.
@@ -64,7 +65,7 @@ class DecodeConfig:
 
     length: int = 128
     block_length: int = 32
-    steps: int = 128
+    steps: int = 0
     quotas: Quotas = "even"
     order: Order = "confidence"
     order_temperature: float = 0.0
@@ -88,14 +89,25 @@ class DecodeConfig:
     def __post_init__(self):
         for field, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, field)
-            if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+            if typing.get_origin(hint) is Literal:
                 listed = ", ".join(map(repr, typing.get_args(hint)))
-                raise ValueError(f"decode.{field}={value!r} must be one of {listed}")
+                self._require(field, value in typing.get_args(hint), f"one of {listed}")
+            elif hint is int:
+                self._require(field, type(value) is int, "a whole number")
+            elif typing.get_origin(hint) is tuple:
+                whole = isinstance(value, tuple) and all(type(token) is int for token in value)
+                self._require(field, whole, "a tuple of whole numbers")
+            else:
+                number = type(value) in (int, float) or (value is None and hint is not float)
+                self._require(field, number, "a number")
         self._require("length", self.length >= 1, "at least 1")
         for field in ("temperature", "order_temperature", "guidance"):
             self._require(field, 0 <= getattr(self, field) < math.inf, "at least 0 and finite")
         for field in ("block_length", "steps", "top_k", "post_steps"):
             self._require(field, getattr(self, field) >= 0, "at least 0")
+        for field in ("temperature", "order_temperature"):
+            value = getattr(self, field)
+            self._require(field, not 0 < value < 1e-4, "0, or at least 1e-4: logits would overflow")
         self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
         for field in ("threshold", "editing_threshold"):
             value = getattr(self, field)
@@ -122,8 +134,10 @@ class DecodeConfig:
 
     def _check_pairs(self) -> None:
         sequential = self.threshold is None and self.editing_threshold is None
-        if self.order == "independent" and not sequential:
-            raise ValueError("decode.order='independent' knows no threshold and no editing")
+        if self.order == "independent" and not (sequential and self.order_temperature == 0):
+            raise ValueError(
+                "decode.order='independent' knows no threshold, no editing and no order_temperature"
+            )
         if self.attention == "block_causal" and self.cache == "dual":
             raise ValueError(
                 "decode.cache='dual' with attention='block_causal': nothing behind a block is "
@@ -158,21 +172,21 @@ SAMPLERS: dict[str, DecodeConfig] = {
     "llada": DecodeConfig(),
     "dllm": DecodeConfig(quotas="scheduler"),
     "llada2": DecodeConfig(
-        steps=0, threshold=0.95, attention="block_causal", alignment="row", cache="prefix"
+        threshold=0.95, attention="block_causal", alignment="row", cache="prefix"
     ),
     "llada2_1_quality": DecodeConfig(
-        steps=0, threshold=0.7, editing_threshold=0.5, attention="block_causal", alignment="row",
+        threshold=0.7, editing_threshold=0.5, attention="block_causal", alignment="row",
         cache="prefix",
     ),
     "llada2_1_speed": DecodeConfig(
-        steps=0, threshold=0.5, editing_threshold=0.0, attention="block_causal", alignment="row",
+        threshold=0.5, editing_threshold=0.0, attention="block_causal", alignment="row",
         cache="prefix",
     ),
     "dream": DecodeConfig(
-        length=512, block_length=0, steps=0, quotas="timesteps", order="entropy",
+        length=512, block_length=0, quotas="timesteps", order="entropy",
         temperature=0.2, top_p=0.95, scores="sampled",
     ),
-    "fast": DecodeConfig(steps=0, threshold=0.9, cache="dual"),
+    "fast": DecodeConfig(threshold=0.9, cache="dual"),
 }  # fmt: skip
 """Published samplers with their published settings (lengths are yours to set): LLaDA, dLLM's
 ``MDLMSampler``, LLaDA2.0, the two modes of LLaDA2.1, Dream, and Fast-dLLM on LLaDA. LLaDA2's
@@ -213,6 +227,12 @@ def plan(config: DecodeConfig) -> Plan:
         quotas.append(left if last else min(left, round_off(left * (1 - then / now))))
     kept = [step for step in range(steps) if quotas[step] or config.order == "independent"]
     return Plan(np.array(quotas, np.int32)[kept], share[kept])
+
+
+def most_steps(config: DecodeConfig) -> int:
+    """Steps that a block can take."""
+    edits = 0 if config.editing_threshold is None else config.post_steps
+    return len(plan(config).quota) + edits
 
 
 def even_quotas(count: int, steps: int) -> list[int]:

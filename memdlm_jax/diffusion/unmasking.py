@@ -46,6 +46,8 @@ def propose(
         choices = choices / config.temperature
     choices = truncate(choices, config.top_k, config.top_p)
     tokens = sample(noise_keys, choices, config)
+    # Among logits that are not finite there may be no other: it must not be committed even then.
+    tokens = jnp.where(tokens == mask_token_id, int(mask_token_id == 0), tokens)
     # The mask token keeps its share of the model's own distribution: a model that would rather
     # leave a position masked is not sure of its second choice.
     judged = _without(logits if config.scores == "model" else choices, config.defer)

@@ -62,7 +62,7 @@ class Replies:
     """Answers of one system, in the order of the prompts.
 
     Attributes:
-        texts: what stands before the first token that ends a turn or the sequence.
+        texts: what stands before the first token that ends one.
         lengths: [n] tokens of each text.
         decoded: the whole windows, numpy leaves [n, length].
     """
@@ -82,27 +82,23 @@ def reply(
     """Answer prompts in text; the other arguments are those of ``respond``."""
     config = stopping(config, tokenizer)
     settings = {"pad_token_id": tokenizer.pad_id} | settings
-    return replies(tokenizer, respond(system, prompts, config, **settings))
+    return replies(tokenizer, respond(system, prompts, config, **settings), config.stop)
 
 
 def stopping(config: DecodeConfig, tokenizer: Tokenizer) -> DecodeConfig:
-    """Let decoding stop where the text ends, unless ``config.stop`` says otherwise.
+    """Let decoding stop where the text ends: at ``config.stop`` and the tokenizer's ends.
 
     The text is complete when the block that ends it is: no later block changes it.
     """
-    return config if config.stop else dataclasses.replace(config, stop=_ends(tokenizer))
+    ends = sorted({tokenizer.eos_id, tokenizer.end_of_turn_id} - {*config.stop})
+    return dataclasses.replace(config, stop=(*config.stop, *ends))
 
 
-def replies(tokenizer: Tokenizer, decoded: Decoded) -> Replies:
-    """The texts of decoded windows, each up to the first token that ends a turn or the sequence."""
-    ends = _ends(tokenizer)
+def replies(tokenizer: Tokenizer, decoded: Decoded, ends: Sequence[int]) -> Replies:
+    """The texts of decoded windows, each up to the first of the tokens that end one."""
     lengths = np.min([unmasking.text_lengths(decoded.tokens, end) for end in ends], axis=0)
     rows = zip(decoded.tokens, lengths, strict=True)
     return Replies([tokenizer.decode(row[:n]) for row, n in rows], lengths, decoded)
-
-
-def _ends(tokenizer: Tokenizer) -> tuple[int, ...]:
-    return tuple(sorted({tokenizer.eos_id, tokenizer.end_of_turn_id}))
 
 
 def prompt_ids(tokenizer: Tokenizer, example: Example, max_length: int) -> list[int]:
@@ -172,10 +168,15 @@ def batches(
     # Blocks that are counted from the row's start are whole at its end.
     whole = config.block_size if config.alignment == "row" else 1
     room = max_length // whole * whole - config.length
+    if room < 1:
+        raise ValueError(
+            f"decode.length={config.length} leaves no room for a prompt in max_length={max_length}"
+        )
+    check_tokens(system.denoiser, prompts, config)
     longest = max(map(len, prompts), default=0)
     context = None
     if longest > room:
-        chunk = system.memory.prompt_chunk if system.memory and phi is None else 0
+        chunk = system.memory.prompt_chunk if system.memory else 0
         if not chunk:
             raise ValueError(
                 f"the longest prompt has {longest} tokens; it must have at most {room} "
@@ -184,7 +185,8 @@ def batches(
             )
         if chunk > max_length:
             raise ValueError(f"memory.prompt_chunk={chunk} must be at most max_length={max_length}")
-        context = canvas.pad_left(prompts, _rounded(longest), pad_token_id)
+        if phi is None:
+            context = canvas.pad_left(prompts, _rounded(longest), pad_token_id)
         prompts = [prompt[-room:] for prompt in prompts]
         longest = room
     tokens, valid = canvas.pad_left(prompts, min(room, _rounded(longest)), pad_token_id)
@@ -199,7 +201,39 @@ def batches(
             generator, system.theta, keys, tokens[rows], valid[rows], system.inner,
             _for_rows(phi, len(rows)), written, record=record,
         )  # fmt: skip
-        yield _first_rows(jax.device_get(decoded), n - start)
+        found = _first_rows(jax.device_get(decoded), n - start)
+        if not np.isfinite(found.confidence).all():
+            cause = ", or memory.learning_rate is too large" if system.memory else ""
+            raise FloatingPointError(
+                f"{system.name}: logits are not finite among the prompts from number {start} on: "
+                f"the weights are damaged{cause}"
+            )
+        yield found
+
+
+def check_tokens(
+    denoiser: Denoiser, prompts: Sequence[Sequence[int]], config: DecodeConfig
+) -> None:
+    """Refuse token ids that the model does not have; does nothing if its vocabulary is unknown.
+
+    Raises:
+        ValueError: an id is not below the size of the vocabulary, or all tokens are suppressed.
+    """
+    size = getattr(getattr(denoiser, "config", None), "vocab_size", None)
+    if size is None:
+        return
+    for field in ("stop", "suppress", "defer", "guidance_keep"):
+        for token in getattr(config, field):
+            if token >= size:
+                raise ValueError(f"decode.{field} has {token}, which must be below {size}")
+    if len({*config.suppress, denoiser.mask_token_id}) == size:
+        raise ValueError("decode.suppress has every token: none is left to generate")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) and not 0 <= min(prompt) <= max(prompt) < size:
+            raise ValueError(
+                f"prompts[{row}] has ids from {min(prompt)} to {max(prompt)}; they "
+                f"must lie in [0, {size})"
+            )
 
 
 def write_context(

@@ -234,6 +234,16 @@ def test_without_editing_nothing_committed_changes():
     assert calm.tokens.tolist() == [[5] * 4] and calm.steps.tolist() == [4]
 
 
+@pytest.mark.parametrize("changes", [{}, {"editing_threshold": 0.5, "threshold": 0.5}])
+def test_logits_that_are_not_finite_leave_no_mask_and_no_endless_loop(changes):
+    def predict(canvas, columns):
+        return jnp.full((len(canvas), len(columns), VOCAB), jnp.nan)
+
+    config = dataclasses.replace(CONFIG, **changes)
+    decoded = from_function(predict, [[5, 5]], config)
+    assert not (decoded.tokens == MASK).any() and not np.isfinite(decoded.confidence).any()
+
+
 def test_guidance_takes_two_readers():
     config = dataclasses.replace(CONFIG, guidance=2.0)
     with pytest.raises(ValueError, match=r"decode\.guidance=2\.0 takes 2 readers, 1 were given"):

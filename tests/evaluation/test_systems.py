@@ -75,6 +75,28 @@ def test_prompts_longer_than_the_model_are_written_in_pieces_and_their_end_is_sh
         respond(too_long, prompts)
 
 
+def test_weights_that_are_not_finite_end_with_one_line(systems):
+    damaged = dataclasses.replace(
+        systems[0], theta=jax.tree.map(lambda x: x * np.nan, systems[0].theta)
+    )
+    with pytest.raises(FloatingPointError, match=r"mdlm: logits are not finite .* damaged$"):
+        respond(damaged, [[7, 8, 9]])
+
+
+def test_texts_end_at_tokens_of_ones_own_too(systems, tokenizer):
+    prompts = np.random.default_rng(1).integers(5, 200, (2, 12)).tolist()
+    settings = {"seed": 3, "max_length": 32}
+    whole = library.reply(systems[0], tokenizer, prompts, CONFIG, **settings)
+    token = int(whole.decoded.tokens[0, 4])
+    own = dataclasses.replace(CONFIG, stop=(token,))
+    cut = library.reply(systems[0], tokenizer, prompts, own, **settings)
+    first = whole.decoded.tokens[0].tolist().index(token)
+    assert cut.lengths[0] == min(first, whole.lengths[0])
+    assert cut.texts[0] == tokenizer.decode(whole.decoded.tokens[0, : cut.lengths[0]])
+    with pytest.raises(ValueError, match=r"prompts\[0\] has ids from 5 to 99999; they must lie in"):
+        library.reply(systems[0], tokenizer, [[5, 99999]], CONFIG, **settings)
+
+
 def test_batches_are_joined_with_their_histories(systems):
     prompts = np.random.default_rng(1).integers(5, 200, (3, 12)).tolist()
     config = dataclasses.replace(CONFIG, threshold=0.02)

@@ -360,7 +360,7 @@ def test_settings(model):
     assert waiting.memory is None and waiting.standby == MemoryConfig(steps=4)
     assert waiting.decode.threshold == 0.9
     talking = quiet(waiting)
-    assert talking.decode.stop == (3,)
+    assert talking.decode.stop[0] == 3 and talking.tokenizer.eos_id in talking.decode.stop
     chat.command(talking, "/memory on")
     assert talking.memory == MemoryConfig(steps=4)
     talking = quiet(plain)

@@ -75,7 +75,8 @@ def test_clipping_is_set_and_switched_off_from_the_command_line(monkeypatch, giv
 
 def test_the_snippet_about_answers_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    page = (ROOT / "docs" / "evaluation.md").read_text()
+    page = (ROOT / "docs" / "decoding.md").read_text()
     names: dict = {}
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
     assert isinstance(names["said"].texts[0], str)
+    assert (names["seen"].tokens == names["decoded"].tokens).all()

@@ -73,8 +73,12 @@ def test_a_context_longer_than_the_model_is_written_in_pieces(tmp_path, capsys):
     _, said = run(capsys, memory=MEMORY | {"prompt_chunk": 64}, **asked)
     assert said.count(",") >= 3, "one loss a piece"
     longer = asked | {"show_context": True}
-    with pytest.raises(ValueError, match=r"must have at most 60"):
-        run(capsys, memory=MEMORY | {"prompt_chunk": 64}, **longer)
+    (answer,), _ = run(capsys, memory=MEMORY | {"prompt_chunk": 64}, **longer)
+    assert answer["memory"], "the canvas shows the end of what is too long"
+    with pytest.raises(ValueError, match=r"memory\.prompt_chunk=65 must be at most max_length=64"):
+        run(capsys, memory=MEMORY | {"prompt_chunk": 65}, **asked)
+    with pytest.raises(ValueError, match=r"decode\.length=8 leaves no room .* in max_length=8"):
+        run(capsys, prompt="hi", max_length=8, decode={"length": 8, "block_length": 8})
 
 
 @pytest.mark.parametrize(
@@ -84,6 +88,8 @@ def test_a_context_longer_than_the_model_is_written_in_pieces(tmp_path, capsys):
         ({"show_context": False}, "show_context=False needs a context and memory.enabled=True"),
         ({"load_memory": "nothing.safetensors"}, "nothing.safetensors.json is not there"),
         ({"decode": {"length": 0}}, "decode.length=0 must be at least 1"),
+        ({"decode": {"stop": (9999,)}}, "decode.stop has 9999, which must be below 4096"),
+        ({"decode": {"suppress": tuple(range(4096))}}, "decode.suppress has every token"),
     ],
 )
 def test_what_does_not_go_together_is_refused(capsys, settings, message):
