@@ -136,7 +136,7 @@ def left_to_right(length: int) -> DecodeConfig:
     order, the end of the answer can be committed in its last columns first, and the answer then
     ends before its value, whatever the model retrieved.
     """
-    return DecodeConfig(length=length, block_length=1, steps=length)
+    return DecodeConfig(length=length, block_length=1)
 
 
 def answerer(
