@@ -66,6 +66,13 @@ def run(
 
 def _parse_flags(arguments: list[str]) -> list[str]:
     with _overriding():
+        try:
+            return flags.FLAGS(arguments)
+        except flags.Error as error:
+            # What a config file raises comes as the text of a traceback, which ends with it.
+            if "parsing config file" in str(error):
+                said = str(error).strip().splitlines()[-1]
+                sys.exit(f"error: {said.split(': ', 1)[-1].strip()}")
         return app.parse_flags_with_usage(arguments)
 
 

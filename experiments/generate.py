@@ -107,19 +107,22 @@ class GenerateConfig:
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> GenerateConfig:
-    """Build the settings; ``memory.enabled = False`` drops the rest of ``memory``.
+    """Build the settings; unless ``memory.enabled``, the rest of ``memory`` is dropped.
 
-    The rest holds changes to the settings that the model was trained with.
+    ``enabled = None`` is on only with ``load_memory``. The rest holds changes to the settings that
+    the model was trained with.
 
     Raises:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
     _model.resolve(settings, "model", "under")
-    enabled = settings["memory"].pop("enabled", True)
-    if type(enabled) is not bool:
+    enabled = settings["memory"].pop("enabled", None)
+    if type(enabled) not in (bool, type(None)):
         raise TypeError(f"config.memory.enabled={enabled!r} must be bool")
     saved = settings.get("load_memory", "")
+    if saved and enabled is False:
+        raise ValueError(f"load_memory={saved!r} with memory.enabled=False: one of them must go")
     if saved:
         changed = {name: x for name, x in settings["memory"].items() if x is not None}
         now = {"adapt_every": changed.pop("adapt_every", 0)}

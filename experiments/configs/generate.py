@@ -40,5 +40,5 @@ def get_config(sampler: str = "") -> config_dict.ConfigDict:
 
     # None: as the model was trained.
     config.memory = _memory.changes()
-    config.memory.enabled = False
+    config.memory.enabled = config_dict.placeholder(bool)  # None: only with load_memory.
     return config

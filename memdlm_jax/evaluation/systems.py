@@ -199,7 +199,7 @@ def batches(
         written = None if context is None else (context[0][rows], context[1][rows])
         decoded = generation.generate(
             generator, system.theta, keys, tokens[rows], valid[rows], system.inner,
-            _for_rows(phi, len(rows)), written, record=record,
+            phi, written, record=record,
         )  # fmt: skip
         found = _first_rows(jax.device_get(decoded), n - start)
         if not np.isfinite(found.confidence).all():
@@ -255,13 +255,6 @@ def write_context(
     keys = jax.random.key(seed)[None]
     write = jax.jit(generation.write, static_argnums=0)
     return jax.device_get(write(generator, system.theta, keys, *row, system.inner))
-
-
-def _for_rows(phi: Phi, rows: int) -> Phi:
-    """One memory for every row of a batch."""
-    if phi is None:
-        return None
-    return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (rows, *leaf.shape[1:])), phi)
 
 
 def _rounded(length: int) -> int:

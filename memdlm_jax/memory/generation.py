@@ -64,7 +64,7 @@ class Progress:
         memory_keys: [b] PRNG keys of what memory draws while decoding.
         canvas: prompts and windows.
         state: where the decode loop is.
-        phi: fast weights, one group per row, or ``None``.
+        phi: fast weights, one group per row or one for all, or ``None``.
     """
 
     keys: Key
@@ -98,7 +98,8 @@ def generate(
         prompts: [b, p] int32, padded on either side.
         valid: [b, p] bool, False on padding.
         inner: the learned inner loop's parameters.
-        phi: memory that was written before, one group per row; then nothing is written.
+        phi: memory that was written before, one group per row or one for all; then nothing is
+            written.
         context: (tokens [b, c], valid [b, c]) to be written in the place of the prompts.
         record: keep the window after every step.
     """
@@ -162,6 +163,8 @@ def start(
     if generator.memory is not None and phi is None:
         written = (prompts, valid) if context is None else context
         phi, _ = write(generator, theta, keys, *written, inner)
+    if generator.adapt_every:  # From here on every row writes in its own.
+        phi = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(prompts), *x.shape[1:])), phi)
     memory_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
     mask = generator.denoiser.mask_token_id
     canvas = canvases.lay_out(prompts, valid, generator.config, mask)

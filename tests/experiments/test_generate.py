@@ -100,6 +100,8 @@ def test_what_does_not_go_together_is_refused(capsys, settings, message):
 def test_a_loaded_memory_brings_its_own_settings(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"brings its own settings, not \{'rank': 3\}"):
         run(capsys, prompt="p", load_memory="m", memory={"enabled": True, "rank": 3})
+    with pytest.raises(ValueError, match=r"load_memory='m' with memory\.enabled=False"):
+        run(capsys, prompt="p", load_memory="m", memory={"enabled": False})
 
 
 def test_what_cannot_be_answered_leaves_the_old_answers(tmp_path, capsys):

@@ -196,6 +196,16 @@ def test_a_written_memory_serves_again():
     same = generation.generate(generator, theta, keys, *questions, context=(tokens, valid))
     assert_same(asked, same)
     assert np.abs(asked.confidence[0] - asked.confidence[1]).max() > 1e-3
+    # One memory for all rows is that memory in every row, also where rows write on in it.
+    one = jax.tree.map(lambda leaf: leaf[:1], phi)
+    copies = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 3, axis=0), phi)
+    for every in (0, 1):
+        memory = dataclasses.replace(MEMORY, adapt_every=every)
+        shared = Generator(small("llada"), memory, CAUSAL)
+        asked = [
+            generation.generate(shared, theta, keys, *questions, phi=each) for each in (one, copies)
+        ]
+        assert_same(*asked)
     plain = Generator(small("llada"), None, CAUSAL)
     with pytest.raises(ValueError, match="memory=None: there is no memory for phi or a context"):
         generation.generate(plain, theta, keys, tokens, valid, phi=phi)

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any, Literal
 
 import pytest
-from ml_collections import config_dict
+from absl import flags
+from ml_collections import config_dict, config_flags
 
 from experiments import _cli, finetune
 from experiments.configs import finetune_jsonl, finetune_needles
@@ -140,6 +141,16 @@ def test_what_a_user_can_mend_is_said_in_one_line(raised, said):
     assert ended.value.code == said
     with pytest.raises(Ended), _cli._one_line():
         raise Ended
+
+
+def test_what_a_config_file_refuses_is_said_in_one_line(monkeypatch):
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    argv = ["generate", "--config=experiments/configs/generate.py:nope"]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    with pytest.raises(SystemExit) as ended:
+        _cli._parse_flags(argv)
+    assert ended.value.code.startswith("error: sampler 'nope' must be one of 'llada'")
 
 
 def test_steps_given_on_the_command_line_reach_the_schedule():
