@@ -162,7 +162,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 def _convert_optional(arguments: tuple, value: Any, path: str) -> Any:
     others = [argument for argument in arguments if argument is not type(None)]
-    if value is None and len(others) < len(arguments):
+    optional = len(others) < len(arguments)
+    # A choice among words is text on the command line, where None is the word.
+    word = value == "None" and typing.get_origin(others[0]) is typing.Literal
+    if optional and (value is None or word):
         return None
     if len(others) != 1:
         raise TypeError(f"{path}: cannot choose among {[_name(other) for other in others]}")

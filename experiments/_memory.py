@@ -1,6 +1,7 @@
 """A model folder's memory: the settings it was trained with, and a learned inner loop."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,15 @@ def save(folder: Path, memory: MemoryConfig | None, inner: InnerParameters | Non
         (folder / SETTINGS).write_text(text + "\n")
     if inner is not None:
         trees.save(folder / PARAMETERS, inner)
+
+
+def inner_digest(folder: str) -> str:
+    """Sha256 of the learned inner loop of a model folder.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    return hashlib.sha256((Path(folder) / PARAMETERS).read_bytes()).hexdigest()
 
 
 def save_written(path: str, phi: Phi, memory: MemoryConfig, model: str, under: str = "") -> None:

@@ -9,28 +9,23 @@ settings are the same, and an unfinished training resumes from its checkpoint.
 """
 
 import dataclasses
-import hashlib
+import functools
 import importlib.resources
 import itertools
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import config_dict
 
-from experiments import _cli, evaluate, finetune
-from experiments.evaluate import EvaluateConfig
+from experiments import _cli, _stages, evaluate, finetune
+from experiments._evaluation import EvaluateConfig
 from experiments.finetune import FinetuneConfig
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
 from memdlm_jax.data.prepare import SourceConfig
 from memdlm_jax.evaluation import figures, report
 from memdlm_jax.memory.config import MemoryConfig
-
-Stage = tuple[Any, float]
-"""Result of a stage, JSON-ready, and the seconds it took."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +87,8 @@ def run(config: QuickstartConfig) -> Path:
     asked = dataclasses.replace(
         config.evaluate, mdlm=str(folders["mdlm"] / "best"), memdlm=str(folders["memdlm"] / "best")
     )
-    note = Path(config.output) / f"evaluation-{digest(dataclasses.asdict(asked))}.json"
-    measured, _ = stage(note, asked, evaluate.measure)
+    note = Path(config.output) / f"evaluation-{_stages.digest(dataclasses.asdict(asked))}.json"
+    measured, _ = _stages.stage(note, functools.partial(evaluate.measure, asked))
     seconds = {f"fine-tuning {name}": taken for name, (_, taken) in trained.items()}
     seconds |= measured.pop("seconds")
     results = {
@@ -135,38 +130,16 @@ def fine_tuned(
     """Folder of a training run, and the seconds it took; trains unless that is done."""
     tuning = dataclasses.replace(config.finetune, memory=memory)
     weights = hugging_face.weights_digest(tuning.init)
-    folder = Path(config.output) / f"{name}-{digest([dataclasses.asdict(tuning), weights])}"
+    folder = Path(config.output) / f"{name}-{_stages.digest([dataclasses.asdict(tuning), weights])}"
     train = dataclasses.replace(tuning.train, output=str(folder))
     settings = dataclasses.replace(tuning, train=train)
-    _, seconds = stage(folder / "finished.json", settings, train_fully)
+    _, seconds = _stages.stage(folder / "finished.json", functools.partial(train_fully, settings))
     return folder, seconds
 
 
 def train_fully(config: FinetuneConfig) -> None:
     """Fine-tune to the last step; ends the program if a signal stopped the training."""
     finetune.main(config)
-
-
-def stage(path: Path, settings: Any, compute: Callable[[Any], Any]) -> Stage:
-    """Compute a stage from its settings and note it in ``path``, or read back that note."""
-    if path.exists():
-        print(f"done before: {path}", flush=True)
-    else:
-        print(f"working on {path} ...", flush=True)
-        start = time.monotonic()
-        done = {"result": compute(settings), "seconds": time.monotonic() - start}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(done))
-        temporary.replace(path)
-    stored = json.loads(path.read_text())
-    return stored["result"], stored["seconds"]
-
-
-def digest(settings: Any) -> str:
-    """Short digest of anything that JSON can hold: equal settings, equal stage."""
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _what_it_shows(config: QuickstartConfig) -> str:

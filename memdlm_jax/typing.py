@@ -163,6 +163,25 @@ class Denoiser(Protocol):
 
 
 @runtime_checkable
+class SelectiveDenoiser(Denoiser, Protocol):
+    """A denoiser whose head can leave out what nobody reads of its last layer."""
+
+    def head_at(
+        self,
+        theta: Theta,
+        phi: Phi,
+        hidden: Hidden,
+        at: Int[Array, "b c"],
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        *,
+        split: int,
+    ) -> Float[Array, "b c d"]:
+        """What ``head`` returns at these positions."""
+        ...
+
+
+@runtime_checkable
 class CachingDenoiser(Denoiser, Protocol):
     """A denoiser that can run on some columns of a row, attending to the cached rest.
 

@@ -1,11 +1,13 @@
-"""Loss curves as an image that needs no other file."""
+"""Figures as images that need no other file."""
 
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 Curve = Sequence[Mapping[str, float | None]]
@@ -51,6 +53,178 @@ def loss_curves(curves: Mapping[str, Curve]) -> str:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     panels[0].set_ylabel("nats per maskable token")
+    return _data_uri(figure)
+
+
+def scores_by_length(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the tasks' own scores against length: one panel per task, one line per system.
+
+    Args:
+        cells: of ``comparison.cell_results``. Seeds of one length are averaged, and so are the ends
+            of their intervals.
+
+    Returns:
+        A data URI of a PNG image.
+    """
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    figure = Figure(figsize=(4.2 * min(len(tasks), 3), 3.4 * -(-len(tasks) // 3)))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(-(-len(tasks) // 3), min(len(tasks), 3), sharey=True, squeeze=False)
+    for panel in panels.flat[len(tasks) :]:
+        panel.set_visible(False)
+    for panel, task in zip(panels.flat, tasks, strict=False):
+        here = [cell for cell in cells if cell["task"] == task]
+        lengths = sorted({cell["length"] for cell in here})
+        places = range(len(lengths))
+        score = next(iter(next(iter(here[0]["systems"].values()))))
+        for index, name in enumerate(here[0]["systems"]):
+            rows = [
+                [c["systems"][name][score] for c in here if c["length"] == length]
+                for length in lengths
+            ]
+            means = [_average(r["mean"] for r in row) for row in rows]
+            low, high = ([_average(r["interval"][i] for r in row) for row in rows] for i in (0, 1))
+            bars = [
+                [m - a for m, a in zip(means, low, strict=True)],
+                [b - m for m, b in zip(means, high, strict=True)],
+            ]
+            # A little apart, so that equal scores show.
+            at = [place + 0.06 * (index - 1) for place in places]
+            panel.errorbar(at, means, bars, marker="o", ms=4, capsize=3, label=name)
+        floors = [
+            [c["floors"][score] for c in here if c["length"] == length and score in c["floors"]]
+            for length in lengths
+        ]
+        if all(floors):
+            averages = [_average(floor) for floor in floors]
+            panel.plot(places, averages, ":", color="grey", label="chance")
+        panel.set_xticks(places, ["no filler" if n == 0 else str(n) for n in lengths])
+        panel.set_ylim(-0.03, 1.03)
+        panel.set_title(task)
+        panel.set_xlabel("tokens")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("score")
+    panels[0][0].legend(fontsize=8)
+    return _data_uri(figure)
+
+
+def exposure_curves(exposure: Mapping[str, Any]) -> str:
+    """Draw what ``exposure_bias.evaluate`` found: losses, and their ratio with its interval.
+
+    Returns:
+        A data URI of a PNG image.
+    """
+    figure = Figure(figsize=(10.4, 3.6), layout="constrained")
+    losses, ratios = figure.subplots(1, 2)
+    masked = exposure["mask_ratio"]
+    for index, (name, found) in enumerate(exposure["systems"].items()):
+        colour = f"C{index}"
+        losses.plot(masked, found["static"], "--", color=colour, label=f"{name}, static")
+        losses.plot(masked, found["sequential"], color=colour, label=f"{name}, sequential")
+        ratios.plot(masked, found["ratio"], color=colour, label=name)
+        ratios.fill_between(masked, *found["interval"], color=colour, alpha=0.15, lw=0)
+    ratios.axhline(1, color="grey", lw=0.8)
+    losses.set_ylabel("nats per masked token")
+    ratios.set_ylabel("sequential / static")
+    for panel in (losses, ratios):
+        panel.invert_xaxis()  # Decoding goes from all masked to none.
+        panel.set_xlabel("share of the response that is masked")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    return _data_uri(figure)
+
+
+def _average(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def heat_map(
+    values: Sequence[Sequence[float | None]],
+    depths: Sequence[Sequence[float]],
+    lengths: Sequence[int],
+    title: str = "",
+) -> str:
+    """Draw accuracy by depth of the needle, from top to bottom, and length, from left to right.
+
+    Args:
+        values: accuracies in [0, 1], [lengths][depths]; a cell that is ``None`` shows a dash.
+        depths: (from, to) shares of the context, in [0, 1].
+        lengths: tokens.
+        title: above the figure.
+
+    Returns:
+        A data URI of a PNG image.
+
+    Raises:
+        ValueError: there is no cell, or the values do not fit the depths and lengths, or lie
+            outside [0, 1].
+    """
+    if not lengths or not depths:
+        raise ValueError(f"{len(lengths)} lengths and {len(depths)} depths: one at least is needed")
+    if [len(row) for row in values] != [len(depths)] * len(lengths):
+        raise ValueError(
+            f"values has rows of {[len(row) for row in values]} cells; {len(lengths)} rows "
+            f"(lengths) of {len(depths)} (depths) are needed"
+        )
+    for value in (value for row in values for value in row if value is not None):
+        if not 0 <= value <= 1:
+            raise ValueError(f"values has {value}, which must lie in [0, 1]")
+    numbers = np.array(values, float).T  # None becomes NaN, which is not coloured.
+    figure = Figure(
+        figsize=(2.2 + 0.8 * len(lengths), 1.4 + 0.5 * len(depths)), layout="constrained"
+    )
+    panel = figure.subplots()
+    image = panel.imshow(numbers, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(numbers):
+        text = "–" if np.isnan(value) else f"{100 * value:.0f}"
+        panel.text(column, row, text, ha="center", va="center", fontsize=9)
+    panel.set_xticks(range(len(lengths)), list(map(str, lengths)))
+    panel.set_yticks(range(len(depths)), [f"{100 * a:.0f}–{100 * b:.0f} %" for a, b in depths])
+    panel.set_xlabel("length in tokens")
+    panel.set_ylabel("depth of the needle")
+    panel.set_title(title)
+    figure.colorbar(image, label="accuracy")
+    return _data_uri(figure)
+
+
+def attention_profile(
+    modes: Mapping[str, Sequence[Sequence[float]]], uniform: float, title: str = ""
+) -> str:
+    """Draw attention on the needle by layer: each head a point, their mean a line.
+
+    Args:
+        modes: name, such as ``off`` and ``on`` -> shares of attention in [0, 1], [layers][heads].
+        uniform: share that uniform attention would give, a dashed line.
+        title: above the figure.
+
+    Returns:
+        A data URI of a PNG image.
+
+    Raises:
+        ValueError: there is no mode, or they differ in their layers.
+    """
+    counts = {len(layers) for layers in modes.values()}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"modes have {sorted(counts)} layers; one number, at least 1, is needed")
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for index, (name, layers) in enumerate(modes.items()):
+        colour, style = f"C{index}", ("-", "--", ":")[index % 3]
+        for layer, heads in enumerate(layers):
+            panel.plot([layer] * len(heads), heads, ".", ms=4, alpha=0.4, color=colour)
+        means = [sum(heads) / len(heads) for heads in layers]
+        panel.plot(range(len(layers)), means, style, color=colour, label=f"memory {name}")
+    panel.axhline(uniform, ls="--", lw=0.8, color="grey", label="uniform attention")
+    panel.set_xticks(range(counts.pop()))
+    panel.set_xlabel("layer")
+    panel.set_ylabel("share of attention")
+    panel.set_title(title)
+    panel.legend(fontsize=8)
+    return _data_uri(figure)
+
+
+def _data_uri(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -11,7 +11,7 @@ import jinja2
 
 from memdlm_jax.evaluation import figures
 
-PARTS = ("needles", "likelihood", "curves", "samples", "history")
+PARTS = ("needles", "tasks", "likelihood", "exposure", "retrieval", "curves", "samples", "history")
 """Parts of the results that may be missing."""
 
 LEVEL = 0.05
@@ -25,7 +25,8 @@ def write(folder: str | Path, results: Mapping[str, Any]) -> Path:
         folder: made if missing; both files in it are replaced.
         results: JSON-ready. ``title`` and ``run`` (``command``, ``config``, ``versions``,
             ``seconds`` by stage, ``notes``) are always shown; shown where present are ``needles``
-            (``needles.evaluate``), ``likelihood`` (``likelihood.evaluate``), ``curves`` (run ->
+            (``needles.evaluate``), ``tasks`` (``cells`` of ``comparison.cell_results`` and
+            ``comparisons``), ``likelihood`` (``likelihood.evaluate``), ``curves`` (run ->
             ``figures.read_curve``), ``samples`` (``samples.sample_replies``) and ``history``
             (``samples.denoising_history``).
     """
@@ -51,13 +52,64 @@ def render(results: Mapping[str, Any]) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"percent": percent, "interval": interval, "signed": signed, "p": p_text}
-    curves = results.get("curves")
+    curves, exposure = results.get("curves"), results.get("exposure")
     return environment.from_string(source.read_text(encoding="utf-8")).render(
         results=dict.fromkeys(PARTS) | dict(results),
         findings=findings(results),
         figure=figures.loss_curves(curves) if curves else None,
+        attention_figures=_attention_figures(results.get("retrieval")),
+        exposure_figure=figures.exposure_curves(exposure) if exposure else None,
+        exposure_rows=_some(len(exposure["mask_ratio"])) if exposure else (),
+        task_figures=_task_figures(results["tasks"]) if results.get("tasks") else None,
         config=json.dumps(results["run"]["config"], indent=1),
     )
+
+
+def _attention_figures(retrieval: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """Attention on the needle by layer, for every cell and system it was measured in."""
+    found = []
+    for cell in retrieval["cells"] if retrieval else ():
+        for name, system in cell["systems"].items():
+            if "attention" in system:
+                part = system["attention"]["parts"]["needle"]
+                title = f"{name}, {cell['length']} tokens: attention on the needle"
+                modes = {mode: part[mode]["mean"] for mode in ("off", "on") if mode in part}
+                source = figures.attention_profile(modes, part["uniform"], title)
+                found.append({"title": title, "source": source})
+    return found
+
+
+def _some(steps: int) -> list[int]:
+    """At most seven steps, evenly apart, the last one among them."""
+    return sorted({round(i * (steps - 1) / 6) for i in range(7)})
+
+
+def _task_figures(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Score against length, and by depth and length where questions ask for one place."""
+    cells = tasks["cells"]
+    maps = []
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        for system in cells[0]["systems"]:
+            here = [cell for cell in cells if cell["task"] == task]
+            parts = [(c["length"], c["systems"][system].get("by_depth")) for c in here]
+            if all(found for _, found in parts):
+                title = f"{task}, {system}"
+                maps.append({"title": title, "source": _depth_map(parts, title)})
+    return {"lengths": figures.scores_by_length(cells), "depths": maps}
+
+
+def _depth_map(parts: Sequence[tuple[int, Any]], title: str) -> str:
+    """Heat map of the mean score by depth; cells of one length are of different questions."""
+    lengths = sorted({length for length, _ in parts})
+    divisions = [(part["from"], part["to"]) for part in parts[0][1]]
+
+    def mean(length: int, index: int) -> float | None:
+        here = [found[index] for at, found in parts if at == length]
+        n = sum(part["n"] for part in here)
+        return sum(part["n"] * part["mean"] for part in here if part["n"]) / n if n else None
+
+    values = [[mean(length, index) for index in range(len(divisions))] for length in lengths]
+    return figures.heat_map(values, divisions, lengths, title)
 
 
 def percent(share: float | None) -> str:
@@ -86,6 +138,15 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     if needles := results.get("needles"):
         said += [_needle_sentence(comparison) for comparison in needles["comparisons"]]
         said += _floor_sentences(needles["cells"])
+    if tasks := results.get("tasks"):
+        said += [_task_sentence(comparison) for comparison in tasks["comparisons"]]
+    if retrieval := results.get("retrieval"):
+        said += [
+            _retrieval_sentence(name, comparison)
+            for name, found in retrieval["pooled"].items()
+            for comparison in found["comparisons"]
+            if (comparison["first"], comparison["second"]) == ("control", "on")
+        ]
     if likelihood := results.get("likelihood"):
         said += [
             _loss_sentence(comparison, likelihood["rows"])
@@ -106,6 +167,37 @@ def _needle_sentence(c: Mapping[str, Any]) -> str:
         )
     word = "more" if c["difference"] > 0 else "fewer"
     return f"Needles: {c['second']} answers {word} questions than {c['first']} ({numbers})."
+
+
+def _task_sentence(c: Mapping[str, Any]) -> str:
+    where = c["task"] or "All tasks"
+    numbers = (
+        f"{signed(c['difference'])} points, 95 % interval {interval(c['interval'])}, n = {c['n']}; "
+        f"sign-flip p {_equals(c['p_value'])}, {_equals(c['p_adjusted'])} adjusted"
+    )
+    if c["p_adjusted"] >= LEVEL:
+        return (
+            f"{where}: no difference between {c['second']} and {c['first']} was detected "
+            f"({numbers})."
+        )
+    word = "more" if c["difference"] > 0 else "less"
+    return f"{where}: {c['second']} scores {word} than {c['first']} ({numbers})."
+
+
+def _retrieval_sentence(name: str, c: Mapping[str, Any]) -> str:
+    """A memory of the prompt beside one of another prompt: any writing shifts the model."""
+    score, right = c["at_once"], c["accuracy"]
+    numbers = (
+        f"{score['difference']:+.4f} nats per token beside another prompt's, 95 % interval "
+        f"{score['interval'][0]:+.4f} to {score['interval'][1]:+.4f}, p adjusted "
+        f"{_equals(score['p_adjusted'])}; {signed(right['difference'])} points of accuracy, p "
+        f"adjusted {_equals(right['p_adjusted'])}"
+    )
+    where = f"Retrieval, {name}, context {c['condition']}"
+    if score["p_adjusted"] >= LEVEL:
+        return f"{where}: no effect of what was written was detected ({numbers})."
+    word = "more" if score["difference"] > 0 else "less"
+    return f"{where}: the prompt's memory makes its value {word} probable ({numbers})."
 
 
 def _equals(p: float) -> str:

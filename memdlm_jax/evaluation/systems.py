@@ -143,10 +143,12 @@ def batches(
     batch_size: int = 8,
     phi: Phi = None,
     record: bool = False,
+    numbers: Sequence[int] | None = None,
+    width: int = 0,
 ) -> Iterator[Decoded]:
     """Answer prompts batch by batch; compiled once for all batches of one width.
 
-    A row's answer depends on the seed, its index and its prompt, never on its neighbours.
+    A row's answer depends on the seed, its number and its prompt, never on its neighbours.
 
     Args:
         system: who answers.
@@ -158,6 +160,8 @@ def batches(
         batch_size: rows decoded at a time; the last batch repeats its last row to fill up.
         phi: a memory that was written before, of one group, for all prompts; none is written.
         record: keep the window after every step.
+        numbers: of the prompts, which their draws hang on; ``None`` counts them.
+        width: columns that prompts are padded to, at least; calls of one width share a compilation.
 
     Yields:
         ``Decoded`` with numpy leaves [rows, config.length].
@@ -189,13 +193,15 @@ def batches(
             context = canvas.pad_left(prompts, _rounded(longest), pad_token_id)
         prompts = [prompt[-room:] for prompt in prompts]
         longest = room
-    tokens, valid = canvas.pad_left(prompts, min(room, _rounded(longest)), pad_token_id)
+    columns = min(room, _rounded(max(longest, width)))
+    tokens, valid = canvas.pad_left(prompts, columns, pad_token_id)
     generator = Generator(system.denoiser, system.memory, config)
     n, root = len(prompts), jax.random.key(seed)
+    counted = np.arange(n) if numbers is None else np.asarray(numbers)
     batch_size = min(batch_size, n)
     for start in range(0, n, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), n - 1)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, rows)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, counted[rows])
         written = None if context is None else (context[0][rows], context[1][rows])
         decoded = generation.generate(
             generator, system.theta, keys, tokens[rows], valid[rows], system.inner,

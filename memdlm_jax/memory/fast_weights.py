@@ -13,6 +13,7 @@ import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.typing import (
@@ -23,6 +24,7 @@ from memdlm_jax.typing import (
     Key,
     Mask,
     Phi,
+    SelectiveDenoiser,
     Theta,
     Tokens,
 )
@@ -194,6 +196,7 @@ def head_with_memory(
     position_ids: Tokens | None = None,
     *,
     split: int,
+    at: Int[Array, "b c"] | None = None,
 ) -> Hidden:
     """Run the head with each group's own fast weights; ``phi = None`` is the plain model.
 
@@ -205,18 +208,52 @@ def head_with_memory(
         valid: [b, l] bool or ``None``.
         position_ids: [b, l] int32 or ``None``.
         split: number of trunk layers.
+        at: positions wanted; ``None`` for all.
 
     Returns:
-        [b, l, d] last hidden states, before the final norm.
+        [b, l, d] last hidden states, before the final norm; with ``at`` [b, c, d].
     """
     if phi is None:
-        return denoiser.head(theta, None, hidden, valid, position_ids, split=split)
-    rows = group_rows((hidden, valid, position_ids), number_of_groups(phi))
+        return _head(denoiser, theta, None, hidden, at, valid, position_ids, split)
+    rows = group_rows((hidden, at, valid, position_ids), number_of_groups(phi))
 
     def one_group(phi, rows):
-        return denoiser.head(theta, phi, *rows, split=split)
+        return _head(denoiser, theta, phi, *rows, split)
 
     return ungroup_rows(jax.vmap(one_group)(phi, rows))
+
+
+def head_at(
+    denoiser: Denoiser,
+    theta: Theta,
+    phi: Phi,
+    hidden: Hidden,
+    at: Int[Array, "b c"],
+    valid: Mask | None = None,
+    position_ids: Tokens | None = None,
+    *,
+    split: int,
+) -> Float[Array, "b c d"]:
+    """The head of one group at the given positions.
+
+    Nothing else reads the last layer, so a ``SelectiveDenoiser`` runs it there alone; any other
+    runs it everywhere.
+    """
+    if isinstance(denoiser, SelectiveDenoiser):
+        return denoiser.head_at(theta, phi, hidden, at, valid, position_ids, split=split)
+    last = denoiser.head(theta, phi, hidden, valid, position_ids, split=split)
+    return jnp.take_along_axis(last, at[..., None], axis=1)
+
+
+def plain_split(denoiser: Denoiser) -> int:
+    """Trunk layers of a model without memory: all but the last, for ``head_at`` to do its work."""
+    return denoiser.num_layers - 1
+
+
+def _head(denoiser, theta, phi, hidden, at, valid, position_ids, split: int) -> Hidden:
+    if at is not None:
+        return head_at(denoiser, theta, phi, hidden, at, valid, position_ids, split=split)
+    return denoiser.head(theta, phi, hidden, valid, position_ids, split=split)
 
 
 def cached_head_with_memory(

@@ -44,9 +44,9 @@ class Generator:
 
     @property
     def split(self) -> int:
-        """Number of trunk layers; all of them without memory."""
+        """Number of trunk layers."""
         if self.memory is None:
-            return self.denoiser.num_layers
+            return fast_weights.plain_split(self.denoiser)
         return fast_weights.split_of(self.denoiser, self.memory)
 
     @property

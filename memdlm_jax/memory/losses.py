@@ -71,8 +71,10 @@ def last_hidden(
     denoiser: Denoiser, theta: Theta, phi: Phi, hidden: Any, state: HeadState, split: int
 ) -> Float[Array, "b c d"]:
     """Last hidden states at the targets, before the final norm."""
-    last = denoiser.head(theta, phi, hidden, state.valid, state.position_ids, split=split)
-    return objective.hidden_at(last, state.targets)
+    return fast_weights.head_at(
+        denoiser, theta, phi, hidden, state.targets.positions, state.valid, state.position_ids,
+        split=split,
+    )  # fmt: skip
 
 
 def _name(config: MemoryConfig) -> str:

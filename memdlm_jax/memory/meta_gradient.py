@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int
 from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule, loss_weight
-from memdlm_jax.memory import fast_weights, inner_loop, learned, losses
+from memdlm_jax.memory import fast_weights, inner_loop, learned
+from memdlm_jax.memory import losses as inner_losses
 from memdlm_jax.memory import trajectory as trajectories
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.inner_loop import InnerStep
@@ -205,7 +206,7 @@ def outer_loss(
         fast_weights.number_of_groups(phi), anchor_hidden=hidden, hold=hold_hidden,
     )  # fmt: skip
     phi = learned.started(inner, phi)
-    loss = losses.build(denoiser, config) if inner_loss is None else inner_loss
+    loss = inner_losses.build(denoiser, config) if inner_loss is None else inner_loss
     shared_axis = axis_name if config.scope == "global" else None
     adapted, record = inner_loop.adapt(
         _RULES[config.meta_gradient](loss, shared_axis), inner_theta, phi, steps,
@@ -325,10 +326,11 @@ def anchor_loss(
     split: int,
 ) -> Float[Array, ""]:  # fmt: skip
     """Sum of the outer loss from the trunk's output; ``phi = None`` is the plain model."""
-    last = fast_weights.head_with_memory(denoiser, theta, phi, hidden, valid, split=split)
-    return objective.diffusion_loss(
-        lambda h: denoiser.readout(theta, h), last, anchor.targets, anchor.weight
+    last = fast_weights.head_with_memory(
+        denoiser, theta, phi, hidden, valid, split=split, at=anchor.targets.positions
     )
+    losses = objective.token_losses(denoiser.readout(theta, last), anchor.targets)
+    return objective.weighted_sum(losses, anchor.targets, anchor.weight)
 
 
 def _memory_off(denoiser, theta, hidden, valid, anchor, split, wanted):
@@ -347,7 +349,7 @@ def plain_loss(
     denoiser: Denoiser, theta: Theta, batch: Batch, anchor: State
 ) -> tuple[Float[Array, ""], OuterLoss]:
     """The standard MDLM loss (paper, equation 2): no memory, both sums are the same number."""
-    split = denoiser.num_layers
+    split = fast_weights.plain_split(denoiser)
     hidden = denoiser.trunk(theta, anchor.tokens, batch.valid, split=split)
     loss = anchor_loss(denoiser, theta, None, hidden, batch.valid, anchor, split=split)
     return loss, OuterLoss(loss, jax.lax.stop_gradient(loss), *_counts(batch))

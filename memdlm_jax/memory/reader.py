@@ -69,20 +69,23 @@ class MemoryReader:
         seen = self._attend(first, width, cached=cache is not None)
         if cache is None and not keep:
             hidden = self.denoiser.trunk(self.theta, tokens, seen, positions, split=self.split)
+            at = jnp.broadcast_to(wanted, (len(tokens), wanted.shape[0]))
             last = fast_weights.head_with_memory(
-                self.denoiser, self.theta, self.phi, hidden, seen, positions, split=self.split
-            )
+                self.denoiser, self.theta, self.phi, hidden, seen, positions,
+                split=self.split, at=at,
+            )  # fmt: skip
         else:
             caching = cast(CachingDenoiser, self.denoiser)
             trunk, head = (None, None) if cache is None else (cache["trunk"], cache["head"])
             hidden, below = caching.trunk_with_cache(
                 self.theta, tokens, seen, positions, trunk, split=self.split
             )
-            last, above = self._head(hidden, seen, positions, head)
+            everywhere, above = self._head(hidden, seen, positions, head)
+            last = everywhere[:, wanted]
             found = {"trunk": below, "head": above}
             if self.keep_hidden:
                 found["hidden"] = hidden[None]
-        logits = self.denoiser.readout(self.theta, last[:, wanted])
+        logits = self.denoiser.readout(self.theta, last)
         return logits, found if keep else None
 
     def renewed(self, cache: Cache) -> Cache:

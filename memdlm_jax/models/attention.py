@@ -41,6 +41,12 @@ def rotary(
     return rotated.astype(x.dtype)
 
 
+def pick(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Entries of the second axis: [b | 1, l, ...] at positions [b, c] -> [b, c, ...]."""
+    x = jnp.broadcast_to(x, (at.shape[0], *x.shape[1:]))
+    return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -97,6 +103,29 @@ def attend(
         mixed = jnp.where(seen, mixed, 0)
     mixed = mixed.astype(value.dtype).reshape(rows, heads, length, size)
     return jnp.swapaxes(mixed, 1, 2)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The weights that ``attend`` mixes the values by, written out; for looking at, not for speed.
+
+    Args:
+        query: [b, q, heads, head_dim], of the positions that are looked at.
+        key: [b, k, kv_heads, head_dim].
+        mask: as in ``attend``, of these queries.
+
+    Returns:
+        [b, heads, q, k] float32 or wider; rows sum to 1, or to 0 for a query that sees no key.
+    """
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    rows, length, heads, size = query.shape
+    query, key = jnp.swapaxes(query, 1, 2), jnp.swapaxes(key, 1, 2)
+    query = query.reshape(rows, key.shape[1], -1, size)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=wide) * size**-0.5
+    bias, seen = _bias(mask, wide, heads // key.shape[1])
+    weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=-1)
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0)
+    return weights.reshape(rows, heads, length, -1)
 
 
 def _bias(mask: jax.Array | None, dtype, group: int) -> tuple[jax.Array | None, jax.Array | None]:
@@ -212,30 +241,43 @@ class Attention(nn.Module):
         mask: jax.Array | None,
         position_ids: jax.Array,
         cached: KeysAndValues | None = None,
+        at: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysAndValues]:
         """Map [b, l, d] to [b, l, d] and the keys and values of x itself.
 
-        ``mask`` and ``cached`` as in ``attend``.
+        ``mask`` and ``cached`` as in ``attend``. With ``at`` [b, c] only these positions ask: the
+        first result is [b, c, d].
         """
         s = self.spec
-        query, key, value = self._project(x)
+        query, key, value = self._project(x, at)
         if s.normalise_heads:
             query = RMSNorm(s.norm_epsilon, self.param_dtype, name="q_norm")(query)
             key = RMSNorm(s.norm_epsilon, self.param_dtype, name="k_norm")(key)
-        query = rotary(query, position_ids, s.rope_theta, s.rotary_channels)
+        asking = position_ids if at is None else pick(position_ids, at)
+        query = rotary(query, asking, s.rope_theta, s.rotary_channels)
         key = rotary(key, position_ids, s.rope_theta, s.rotary_channels)
-        mixed = attend(query, key, value, mask, cached).reshape(*x.shape[:-1], -1)
+        # For ``Transformer.inspect``; without that collection nothing is kept or computed.
+        for name, part in (("query", query), ("key", key), ("value", value)):
+            self.sow("intermediates", f"sown_{name}", part)
+        if at is not None and mask is not None and mask.ndim == 3:
+            mask = pick(mask, at)
+        mixed = attend(query, key, value, mask, cached).reshape(*query.shape[:2], -1)
         output = Linear(x.shape[-1], self.output_init, self.param_dtype, name="o_proj")
         return output(mixed), (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
 
-    def _project(self, x: jax.Array) -> list[jax.Array]:
-        """Queries, keys and values, [b, l, heads, head_dim]."""
+    def _project(self, x: jax.Array, at: jax.Array | None) -> list[jax.Array]:
+        """Queries, at some positions alone if asked, keys and values, [b, l, heads, head_dim]."""
         s = self.spec
+        some = x if at is None or s.fused else pick(x, at)
         projected = [
-            Linear(size, self.kernel_init, self.param_dtype, s.use_bias, name=name)(x)
+            Linear(size, self.kernel_init, self.param_dtype, s.use_bias, name=name)(
+                some if name == "q_proj" else x
+            )
             for name, size in s.features().items()
         ]
         if s.fused:
             query = s.num_heads * s.head_dim
             projected = jnp.split(projected[0], [query, query + s.num_kv_heads * s.head_dim], -1)
+            if at is not None:
+                projected[0] = pick(projected[0], at)
         return [y.reshape(*y.shape[:-1], -1, s.head_dim) for y in projected]

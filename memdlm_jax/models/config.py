@@ -1,6 +1,7 @@
 """What a backbone is made of: sizes and switches, and how its layers form stacks."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal
 
 from memdlm_jax.models.attention import AttentionSpec
@@ -131,3 +132,24 @@ def runs_of(config: TransformerConfig) -> list[Run]:
         Run(name, start, end - start, kinds[start])
         for name, start, end in zip(names, starts, ends, strict=True)
     ]
+
+
+def matrices(config: TransformerConfig, mixture: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Paths and shapes of the matrices of one layer that can carry fast weights."""
+    attention = config.attention()
+    for name, features in attention.features().items():
+        yield f"attention/{name}", (config.width, features)
+    yield "attention/o_proj", (attention.num_heads * attention.head_dim, config.width)
+    parts = config.mixture() if mixture else None
+    if parts is None:
+        yield from _swiglu("mlp", config.width, config.hidden_features)
+        return
+    yield from _swiglu("mlp/experts", config.width, parts.features, parts.num_experts)
+    if parts.shared_features:
+        yield from _swiglu("mlp/shared_experts", config.width, parts.shared_features)
+
+
+def _swiglu(path: str, width: int, features: int, *experts: int):
+    yield f"{path}/gate_proj", (*experts, width, features)
+    yield f"{path}/up_proj", (*experts, width, features)
+    yield f"{path}/down_proj", (*experts, features, width)

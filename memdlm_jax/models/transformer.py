@@ -1,15 +1,16 @@
 """The pre-norm transformer that all backbones are instances of, as pure functions of theta."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memdlm_jax.models.attention import Attention, KeysAndValues, sees_block
-from memdlm_jax.models.config import Run, TransformerConfig, runs_of
+from memdlm_jax.models import inspection
+from memdlm_jax.models.attention import Attention, KeysAndValues, pick, sees_block
+from memdlm_jax.models.config import Run, TransformerConfig, matrices, runs_of
 from memdlm_jax.models.layers import RMSNorm, SwiGLU
 from memdlm_jax.models.moe import Mixture
 from memdlm_jax.typing import Cache, Hidden, Key, Phi, Theta, Tokens, merged
@@ -35,8 +36,12 @@ class Block(nn.Module):
         mask: jax.Array | None,
         position_ids: jax.Array,
         cached: KeysAndValues | None = None,
+        at: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysAndValues | None]:
-        """Map [b, l, d] to ([b, l, d], keys and values of x if they are to be kept)."""
+        """Map [b, l, d] to ([b, l, d], keys and values of x if they are to be kept).
+
+        With ``at`` [b, c] only what stands at these positions is computed, [b, c, d].
+        """
         c = self.config
         dtype = jnp.dtype(c.param_dtype)
         init = nn.initializers.normal(c.width**-0.5)
@@ -44,9 +49,9 @@ class Block(nn.Module):
         inits = init, output_init, dtype
         attention = Attention(c.attention(), *inits, name="attention")
         mixed, own = attention(
-            RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x), mask, position_ids, cached
+            RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x), mask, position_ids, cached, at
         )
-        x = x + mixed
+        x = mixed + (x if at is None else pick(x, at))
         parts = c.mixture() if self.mixture else None
         mlp: nn.Module
         if parts is None:
@@ -70,14 +75,19 @@ _SAVE_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
+def _block(config: TransformerConfig) -> type[nn.Module]:
+    """A layer, recomputed in the backward pass as the config says."""
+    if config.remat == "none":
+        return Block
+    policy = _SAVE_PRODUCTS if config.remat == "dots" else None
+    rematerialised: Any = nn.remat(Block, prevent_cse=False, policy=policy)
+    return rematerialised
+
+
 def _stack(config: TransformerConfig, run: Run, length: int, keep: bool = False) -> nn.Module:
     """``length`` blocks of a run under one scan: compile time does not grow with depth."""
-    block = Block
-    if config.remat != "none":
-        policy = _SAVE_PRODUCTS if config.remat == "dots" else None
-        block = nn.remat(Block, prevent_cse=False, policy=policy)
     return nn.scan(
-        block,
+        _block(config),
         variable_axes={"params": 0, "fast": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast, 0),
@@ -177,6 +187,49 @@ class Transformer:
         """Run layers ``split .. num_layers - 1`` with fast weights ``phi`` (or ``None``)."""
         return self._head(theta, phi, hidden, attend, position_ids, split)
 
+    def head_at(
+        self,
+        theta: Theta,
+        phi: Phi,
+        hidden: Hidden,
+        at: jax.Array,
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        *,
+        split: int,
+    ) -> Hidden:
+        """``head`` at positions ``at`` [b, c] alone, [b, c, d]: nothing else reads the last layer.
+
+        Of the last layer only keys and values are computed everywhere.
+        """
+        n = self.num_layers
+        if split == n:  # The trunk is all of the model, and has put its results in their places.
+            return pick(hidden, at)
+        if self.config.right_shift:
+            at = jnp.maximum(at - 1, 0)
+        theta, last = merged(theta), runs_of(self.config)[-1]
+        below, above = self._parted(phi)
+        hidden = self.layers(theta, below, hidden, attend, position_ids, split, n - 1)
+        index = n - 1 - last.first
+        variables = {"params": jax.tree.map(lambda leaf: leaf[index], theta[last.name])}
+        if above is not None:
+            variables["fast"] = above
+        positions = _positions(hidden, position_ids)
+        mask = self._mask(attend, positions, None)
+        block = _block(self.config)(self.config, last.mixture)
+        found, _ = block.apply(variables, hidden, mask, positions, None, at)
+        return found
+
+    def _parted(self, phi: Phi) -> tuple[Phi, Phi]:
+        """Fast weights of all layers but the last, and of the last one."""
+        runs = runs_of(self.config)
+        tail = phi if phi is None or len(runs) == 1 else phi.get(runs[-1].name)
+        if tail is None:
+            return phi, None
+        below = jax.tree.map(lambda leaf: leaf[:-1], tail)
+        above = jax.tree.map(lambda leaf: leaf[-1], tail)
+        return (below if len(runs) == 1 else phi | {runs[-1].name: below}), above
+
     def head_with_cache(
         self,
         theta: Theta,
@@ -228,7 +281,7 @@ class Transformer:
             layers = run.first + run.length - max(split, run.first)
             prefix = f"{run.name}/" if len(runs) > 1 else ""
             if layers > 0:
-                for path, shape in _matrices(self.config, run.mixture):
+                for path, shape in matrices(self.config, run.mixture):
                     shapes[prefix + path] = (layers, *shape)
         return shapes
 
@@ -238,32 +291,32 @@ class Transformer:
         tokens: Tokens,
         attend: jax.Array | None = None,
         position_ids: Tokens | None = None,
+        phi: Phi = None,
+        *,
+        split: int = 0,
+        heads: bool = False,
     ) -> dict[str, Any]:
-        """What every layer computes on the way, for comparing with other implementations.
+        """What every layer computes on the way, for comparing implementations and for looking in.
+
+        Arguments are those of ``trunk`` and ``head``; fast weights sit in layers ``split`` and on.
 
         Returns:
             ``hidden``: [n + 1, b, l, d], embeddings and every layer's output; ``attention`` and
             ``feed_forward``: [n, b, l, d], what is added to the residual stream; ``router``:
             layer -> {``logits`` [b, l, e], ``index`` [b, l, k], ``weights`` [b, l, k]} of the
-            layers that have one.
+            layers that have one. With ``heads`` also ``query`` [n, b, l, heads, head_dim], ``key``
+            and ``value`` [n, b, l, kv_heads, head_dim], positions applied, and ``mask``, who saw
+            whom: ``attention.attention_weights`` takes them.
         """
-        plain, theta = self.with_config(remat="none"), merged(theta)
-        found: dict[str, Any] = {}
-        hidden = theta["embedding"][tokens].astype(self.config.dtype)
-        plain._run(theta, None, hidden, attend, position_ids, 0, self.num_layers, found)
-        runs = [found[run.name] for run in runs_of(self.config)]
-        joined: dict[str, Any] = {
-            name: jnp.concatenate([run[f"sown_{name}"][0] for run in runs])
-            for name in ("attention", "feed_forward", "hidden")
-        }
-        joined["hidden"] = jnp.concatenate([hidden[None], joined["hidden"]])
-        joined["router"] = dict(_routers(runs_of(self.config), found, tokens.shape))
-        return joined
+        plain = self.with_config(remat="none")
+        return inspection.inspect(
+            plain, theta, tokens, attend, position_ids, phi, split=split, heads=heads
+        )
 
     def _trunk(self, theta, tokens, attend, position_ids, split: int, cache=None, own=None):
         theta = merged(theta)
         hidden = theta["embedding"][tokens].astype(self.config.dtype)
-        hidden = self._run(theta, None, hidden, attend, position_ids, 0, split, None, cache, own)
+        hidden = self.layers(theta, None, hidden, attend, position_ids, 0, split, None, cache, own)
         # A model without a head layer ends here.
         return self._finish(hidden) if split == self.num_layers else hidden
 
@@ -272,10 +325,10 @@ class Transformer:
         if split == n:
             return hidden
         theta = merged(theta)
-        last = self._run(theta, phi, hidden, attend, position_ids, split, n, None, cache, own)
+        last = self.layers(theta, phi, hidden, attend, position_ids, split, n, None, cache, own)
         return self._finish(last)
 
-    def _run(
+    def layers(
         self, theta, phi, hidden, attend, position_ids, start: int, stop: int,
         found=None, cache=None, own=None,
     ) -> Hidden:  # fmt: skip
@@ -309,6 +362,10 @@ class Transformer:
             own["position_ids"] = jnp.broadcast_to(positions, rows)[None, ..., None]
         return hidden
 
+    def mask(self, hidden: Hidden, attend, position_ids) -> jax.Array | None:
+        """Who sees whom in a whole row, as ``attention.attend`` takes it."""
+        return self._mask(attend, _positions(hidden, position_ids), None)
+
     def _mask(self, attend, positions: jax.Array, cache: Cache | None) -> jax.Array | None:
         """Who sees whom, as ``attention.attend`` takes it."""
         block = self.config.attention_block
@@ -333,43 +390,6 @@ class Transformer:
         if not self.config.right_shift:
             return hidden
         return jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
-
-
-def _matrices(config: TransformerConfig, mixture: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Paths and shapes of the matrices of one layer that can carry fast weights."""
-    attention = config.attention()
-    for name, features in attention.features().items():
-        yield f"attention/{name}", (config.width, features)
-    yield "attention/o_proj", (attention.num_heads * attention.head_dim, config.width)
-    parts = config.mixture() if mixture else None
-    if parts is None:
-        yield from _swiglu("mlp", config.width, config.hidden_features)
-        return
-    yield from _swiglu("mlp/experts", config.width, parts.features, parts.num_experts)
-    if parts.shared_features:
-        yield from _swiglu("mlp/shared_experts", config.width, parts.shared_features)
-
-
-def _swiglu(path: str, width: int, features: int, *experts: int):
-    yield f"{path}/gate_proj", (*experts, width, features)
-    yield f"{path}/up_proj", (*experts, width, features)
-    yield f"{path}/down_proj", (*experts, features, width)
-
-
-def _routers(runs: list[Run], found: dict, shape: tuple[int, ...]):
-    """Pairs of layer number and what its router sowed, with rows and tokens apart."""
-    for run in runs:
-        if not run.mixture:
-            continue
-        sown = found[run.name]["mlp"]["router"]
-        for i in range(run.length):
-            yield (
-                run.first + i,
-                {
-                    name: sown[f"router_{name}"][0][i].reshape(*shape, -1)
-                    for name in ("logits", "index", "weights")
-                },
-            )
 
 
 def _positions(hidden: jax.Array, position_ids: jax.Array | None) -> jax.Array:

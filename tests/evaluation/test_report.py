@@ -129,3 +129,44 @@ def test_curves_are_read_from_a_runs_metrics(tmp_path):
     assert figures.read_curve(path) == [{"step": 1, "loss/memory_on": 2.5}]
     with pytest.raises(FileNotFoundError):
         figures.read_curve(tmp_path / "nothing.jsonl")
+
+
+def rate(value, n=10):
+    return {"value": value, "n": n, "interval": [0.0, 1.0]}
+
+
+def test_retrieval_is_judged_against_another_prompts_memory():
+    memories = {
+        memory: {
+            "accuracy": rate(0.5), "at_once": {"log_probability": -1.5, "standard_error": 0.1}
+        }
+        for memory in ("off", "on", "control")
+    }  # fmt: skip
+
+    def compared(first, p, difference):
+        both = {"difference": difference, "interval": [-0.1, 0.4], "p_adjusted": p}
+        return {
+            "condition": "removed", "first": first, "second": "on", "accuracy": both,
+            "at_once": both,
+        }  # fmt: skip
+
+    part = {"uniform": 0.1} | {m: {"mean": [[0.2, 0.3], [0.4, 0.5]]} for m in ("off", "on")}
+    system = {"attention": {"parts": {"needle": part}}}
+    found = {
+        "config": {"written": "prompt"},
+        "cells": [{"length": 192, "systems": {"memdlm": system, "mdlm": {}}}],
+        "pooled": {
+            "memdlm": {
+                "conditions": {"removed": memories},
+                "comparisons": [compared("off", 0.001, 0.2), compared("control", 0.3, 0.2)],
+            }
+        },
+    }
+    results = {"title": "T", "run": RUN, "retrieval": found}
+    (said,) = report.findings(results)
+    assert said.startswith("Retrieval, memdlm, context removed: no effect of what was written")
+    assert "+0.2000 nats per token beside another prompt's" in said
+    page = report.render(results)
+    assert page.count("data:image/png;base64,") == 1 and "-1.500" in page
+    found["pooled"]["memdlm"]["comparisons"][1] = compared("control", 0.01, -0.2)
+    assert "memory makes its value less probable" in report.findings(results)[0]

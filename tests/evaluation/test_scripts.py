@@ -6,15 +6,20 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate, finetune, generate, quickstart
+from experiments import _measures, evaluate, finetune, generate, quickstart
+from experiments._evaluation import Loaded
 from experiments.configs import evaluate as evaluate_defaults
 from experiments.configs import generate as generate_defaults
 from experiments.configs import quickstart as quickstart_defaults
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
+from memdlm_jax.evaluation import report
+from memdlm_jax.evaluation import systems as library
+from memdlm_jax.memory import generation
 from memdlm_jax.models.llada import LLaDA
 from memdlm_jax.training.loop import Result
 from memdlm_jax.training.state import TrainState
+from tests.evaluation.test_report import RUN
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +113,84 @@ def test_evaluate_measures_a_folder_on_own_conversations(model, tmp_path, capsys
     assert "One denoising history" in (tmp_path / "report.html").read_text()
 
 
+TASKS = {
+    "enabled": True, "names": ("niah_multikey_2", "babilong_qa1"), "lengths": (248,), "samples": 3,
+    "variant": {"max_new_tokens": 8, "value_digits": 3, "template": "short"},
+}  # fmt: skip
+
+
+def tasks_config(output, model, **settings):
+    return evaluate_config(
+        output, mdlm=model, memdlm=model, needles={"enabled": False}, tasks=TASKS,
+        likelihood={"enabled": False}, held_out={"samples": 0}, memory=MEMORY, **settings,
+    )  # fmt: skip
+
+
+MEMORY = {
+    "steps": 1, "rank": 2, "layer_fraction": 0.5, "target_modules": ("mlp/up_proj",)
+}  # fmt: skip
+
+
+def test_evaluate_asks_tasks_and_takes_up_where_it_stopped(model, tmp_path, small_corpus, capsys):
+    generation.generate.clear_cache()
+    evaluate.main(tasks_config(tmp_path, model))
+    # Both tasks are of one length, and two systems differ in their weights alone.
+    assert generation.generate._cache_size() == 2
+    shown = capsys.readouterr().out
+    assert shown.count("niah_multikey_2") >= 3 and "babilong_qa1: no difference" in shown
+    stored = json.loads((tmp_path / "results.json").read_text())
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 2 * 3 * 3
+    assert {(r["task"], r["length"], r["system"], r["index"]) for r in records} == set(
+        itertools.product(TASKS["names"], (248,), library.NAMES, range(3))
+    )
+    means = {
+        (c["task"], c["length"], name): score
+        for c in stored["tasks"]["cells"]
+        for name, found in c["systems"].items()
+        for score in [next(iter(found.values()))["mean"]]
+    }
+    for (task, length, system), mean in means.items():
+        own = [
+            next(iter(r["scores"].values()))
+            for r in records
+            if (r["task"], r["length"], r["system"]) == (task, length, system)
+        ]
+        assert mean == pytest.approx(np.mean(own))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4  # Scores, and depths of three systems.
+    # Killed while it wrote: the rest is asked again, and all comes out the same.
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines[:-4]) + "\n" + lines[-4][:30])
+    evaluate.main(tasks_config(tmp_path, model))
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["tasks"] == stored["tasks"]
+    assert sorted((tmp_path / "answers.jsonl").read_text().splitlines()) == sorted(lines)
+
+
+def test_evaluate_names_tasks_that_do_not_fit(model, tmp_path, small_corpus):
+    config = tasks_config(tmp_path, model)
+    longer = dataclasses.replace(config.tasks, lengths=(512,))
+    with pytest.raises(ValueError, match=r"tasks\.lengths has 512: it must be at most 256"):
+        evaluate.measure(dataclasses.replace(config, tasks=longer))
+
+
+def test_parts_are_computed_once(model, tmp_path, small_corpus, monkeypatch):
+    settings = {
+        "mdlm": model, "needles": {"enabled": False}, "likelihood": {"enabled": False},
+        "exposure": {"enabled": True, "steps": 2}, "held_out": {"rows": 3, "samples": 0},
+    }  # fmt: skip
+    first = evaluate.measure(evaluate_config(tmp_path, **settings))
+    page = report.render({"title": "T", "run": RUN, "exposure": first["exposure"]})
+    assert "Exposure bias" in page and page.count("data:image/png;base64,") == 1
+    assert page.count('<td class="n"><b>') == 2, "both steps in the table"
+    assert set(first["exposure"]["systems"]) == {"mdlm"}
+    monkeypatch.setattr(_measures, "held_out_rows", None)
+    assert evaluate.measure(evaluate_config(tmp_path, **settings))["exposure"] == first["exposure"]
+    with pytest.raises(TypeError):  # Other settings are other numbers.
+        evaluate.measure(evaluate_config(tmp_path, **settings, seed=1))
+
+
 def test_evaluate_names_bad_settings(model, tmp_path):
     config = evaluate_config(tmp_path)
     with pytest.raises(ValueError, match=r"needles\.task\.split='test' must be split='validation'"):
@@ -123,12 +206,13 @@ def test_held_out_conversations_are_counted_and_all_can_be_read(tmp_path, tokeni
     lines = [{"prompt": f"how is cat {i}?", "response": "it sat on mats"} for i in range(20)]
     talks.write_text("\n".join(map(json.dumps, lines)))
     held = {"path": str(talks), "rows": 50, "max_length": 64, "split": "all"}
-    rows = evaluate.held_out_rows(evaluate_config(tmp_path, held_out=held), tokenizer)
+    loaded = Loaded([], tokenizer, 64, {})
+    rows = _measures.held_out_rows(evaluate_config(tmp_path, held_out=held), loaded)
     assert len(rows) == 20
     assert "20 rows, one a group, of 20 groups (20 of 20 examples of" in capsys.readouterr().err
     chosen = evaluate_config(tmp_path, held_out=held | {"split": ""})
     with pytest.raises(ValueError, match=r"the split 'test' has \d of 20 .*held_out\.split='all'"):
-        evaluate.held_out_rows(chosen, tokenizer)
+        _measures.held_out_rows(chosen, loaded)
     with pytest.raises(ValueError, match="split='all' must be empty without path"):
         evaluate_config(tmp_path, held_out={"split": "all"})
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -98,3 +99,39 @@ def test_the_bootstrap_keeps_rows_together():
     for rows in ([x, x[:-1]], [x[:1]]):
         with pytest.raises(ValueError, match="one number, at least 2, is asked"):
             statistics.bootstrap(lambda *a: a[0].mean(), rows)
+
+
+def test_mean_interval():
+    rng = np.random.default_rng(0)
+    values = rng.random(200)
+    mean, low, high = statistics.mean_interval(values)
+    error = values.std(ddof=1) / 200**0.5
+    assert mean == pytest.approx(values.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.01)
+    assert statistics.mean_interval(np.ones(20)) == (1.0, *statistics.wilson_interval(20, 20))
+    half = statistics.mean_interval(np.full(20, 0.5))
+    assert half == (0.5, *statistics.wilson_interval(10, 20))
+    for wrong in ([0.5], [0.5, 1.5], [-0.1, 0.5]):
+        with pytest.raises(ValueError, match="two or more scores in"):
+            statistics.mean_interval(wrong)
+
+
+@pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (0, 1), (1, 6), (2, 9), (5, 5)])
+def test_sign_flips_of_zeros_and_ones_are_mcnemars_test(only_first, only_second):
+    same = 20 - only_first - only_second
+    first = [1] * only_first + [0] * only_second + [1] * same
+    second = [0] * only_first + [1] * only_second + [1] * same
+    found, exact = statistics.paired_means(first, second), statistics.paired(first, second)
+    assert found.p_value == pytest.approx(exact.p_value)
+    assert found.difference == pytest.approx(exact.difference)
+
+
+def test_sign_flips_against_all_of_them():
+    change = np.array([0.5, -0.25, 1.0, 0.75, -0.5, 0.25])
+    signs = np.array(list(itertools.product((1, -1), repeat=6)))
+    sums = signs @ change
+    share = min((sums >= change.sum()).mean(), (sums <= change.sum()).mean())
+    found = statistics.paired_means(np.zeros(6), change)
+    assert found.p_value == pytest.approx(min(1, 2 * share))
+    with pytest.raises(ValueError, match="paired scores of lengths 2 and 3"):
+        statistics.paired_means([0, 1], [0, 1, 1])

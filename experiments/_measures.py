@@ -1,0 +1,232 @@
+"""The parts of ``experiments.evaluate``: each asks the loaded systems one thing."""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments import _stages
+from experiments._evaluation import EvaluateConfig, Loaded
+from memdlm_jax.data import sources
+from memdlm_jax.data.needles import Episode, string_match_all
+from memdlm_jax.data.sft import Row
+from memdlm_jax.evaluation import (
+    asking,
+    comparison,
+    exposure_bias,
+    likelihood,
+    needles,
+    retrieval,
+    tasks,
+)
+from memdlm_jax.evaluation.asking import Answers, Asked
+from memdlm_jax.evaluation.needles import Answerer, NeedleSuite
+from memdlm_jax.evaluation.samples import sample_replies
+from memdlm_jax.evaluation.systems import System
+from memdlm_jax.evaluation.tasks import Cell, TaskSuite
+
+
+def haystack(config: EvaluateConfig) -> list[str]:
+    """Sentences of the haystacks, of the split that everything comes from."""
+    if config.haystack:
+        return list(sources.text_sentences(config.haystack, config.split))
+    return list(sources.chitchat_sentences(config.split))
+
+
+@contextlib.contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; elsewhere nothing."""
+    with tqdm(total=total, desc=what, unit="question", disable=None) as bar:
+        yield lambda done: bar.update(done) and None
+
+
+def ask_needles(
+    config: EvaluateConfig, loaded: Loaded, suite: NeedleSuite, answers: Answers
+) -> dict[str, Any]:
+    """Needle accuracy of every system.
+
+    Raises:
+        ValueError: before anything is asked, if an answer is longer than ``decode.length``.
+    """
+    asked = Asked(
+        loaded.tokenizer, config.decode, loaded.max_length, config.batch_size, config.seed,
+        loaded.weights,
+    )  # fmt: skip
+    total = len(loaded.systems) * len(suite.cells) * suite.episodes
+    with progress(total, "needles") as report:
+
+        def answerer(system: System) -> Answerer:
+            def answer(episodes: Sequence[Episode]) -> list[str]:
+                def score(i: int, reply: str) -> dict[str, Any]:
+                    values = episodes[i].values
+                    found = {"score": string_match_all(reply, values)}
+                    return {"scores": found, "references": values, "depth": episodes[i].depth}
+
+                examples = [e.example(f"needle {i}") for i, e in enumerate(episodes)]
+                rows = asking.ask(
+                    asked, system, {"task": "needles"}, examples, score, answers, report
+                )
+                return [row["reply"] for row in rows]
+
+            return answer
+
+        systems = {system.name: answerer(system) for system in loaded.systems}
+        found = needles.evaluate(
+            suite, loaded.tokenizer, haystack(config), systems, config.decode.length
+        )
+    return {"needles": found}
+
+
+def check_tasks(suite: TaskSuite, max_length: int) -> None:
+    """Refuse lengths that no system can read, before questions are made."""
+    if max(suite.lengths) > max_length:
+        raise ValueError(
+            f"tasks.lengths has {max(suite.lengths)}: it must be at most {max_length}, the longest "
+            "canvas (max_length, or what the models are meant for)"
+        )
+
+
+def ask_tasks(
+    config: EvaluateConfig, loaded: Loaded, suite: TaskSuite, answers: Answers
+) -> dict[str, Any]:
+    """Scores of every system on the benchmark tasks.
+
+    Raises:
+        ValueError: a task does not fit its length, or the sampler the answers of a task.
+    """
+    made = list(tasks.cells(suite, loaded.tokenizer, haystack(config)))
+    samplers = [
+        dataclasses.replace(config.decode, length=cell.answer_tokens) for cell in made
+    ]  # All before the first question is asked: what does not fit is known at once.
+    found = []
+    with progress(len(made) * suite.samples * len(loaded.systems), "tasks") as report:
+        for cell, sampler in zip(made, samplers, strict=True):
+            asked = Asked(
+                loaded.tokenizer, sampler, loaded.max_length, config.batch_size, cell.seed,
+                loaded.weights,
+            )  # fmt: skip
+            # One width, and so one compilation, for all tasks of a length and an answer's length.
+            width = max(cell.length - cell.answer_tokens, 0)
+            records = {
+                system.name: asking.ask(
+                    asked, system, _facts(cell), [q.example for q in cell.questions],
+                    _scorer(cell), answers, report, width,
+                )
+                for system in loaded.systems
+            }  # fmt: skip
+            found.append((cell, records))
+            if not sys.stderr.isatty():
+                print(_line(cell, records), file=sys.stderr, flush=True)
+    return {
+        "tasks": {
+            "suite": dataclasses.asdict(suite),
+            "cells": [comparison.cell_results(cell, records) for cell, records in found],
+            "comparisons": comparison.comparisons(found),
+        }
+    }
+
+
+def _facts(cell: Cell) -> dict[str, Any]:
+    return {"task": cell.task, "length": cell.length, "question_seed": cell.seed}
+
+
+def _scorer(cell: Cell) -> Callable[[int, str], dict[str, Any]]:
+    def score(i: int, reply: str) -> dict[str, Any]:
+        question = cell.questions[i]
+        scores = cell.score(i, reply)
+        return {"scores": scores, "references": question.references, "depth": question.depth}
+
+    return score
+
+
+def _line(cell: Cell, records: comparison.Records) -> str:
+    own = cell.score_names[0]
+    means = (f"{name} {comparison.scores(r, own).mean():.1%}" for name, r in records.items())
+    return f"{cell.task} {cell.length} tokens, seed {cell.seed}: {', '.join(means)}"
+
+
+def read_held_out(config: EvaluateConfig, loaded: Loaded) -> dict[str, Any]:
+    """Held-out loss and exposure bias of every system, and some replies."""
+    held, systems, tokenizer = config.held_out, loaded.systems, loaded.tokenizer
+    rows = held_out_rows(config, loaded)
+    results: dict[str, Any] = {}
+    where = {"pad_token_id": tokenizer.pad_id, "batch_size": config.batch_size}
+    if config.likelihood:
+        results["likelihood"] = likelihood.evaluate(systems, rows, config.likelihood, **where)
+    if config.exposure:
+        results["exposure"] = exposure_bias.evaluate(systems, rows, config.exposure, **where)
+    room = loaded.max_length - config.reply.length
+    short = [row for row in rows if 0 < row.prompt_length <= room]
+    if chosen := list(itertools.islice(short, held.samples)):
+        results["samples"], results["history"] = sample_replies(
+            systems, tokenizer, chosen, config.reply,
+            seed=config.seed, max_length=loaded.max_length,
+        )  # fmt: skip
+    return results
+
+
+def held_out_rows(config: EvaluateConfig, loaded: Loaded) -> list[Row]:
+    """One row of each held-out conversation; says how many of how many were taken.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: the corpus package is not installed.
+        ValueError: a wrong line, or fewer than two rows; names the split.
+    """
+    held, split = config.held_out, config.held_out.split or config.split
+    if held.path:
+        total = sum(1 for _ in sources.jsonl_examples(held.path, None))
+        examples = list(sources.jsonl_examples(held.path, None if split == "all" else split))
+        taken = f"{len(examples)} of {total} examples of {held.path}"
+    else:
+        examples = list(sources.chitchat_examples(config.split))
+        taken = f"{len(examples)} examples of the chitchat corpus"
+    groups = len({example.group for example in examples})
+    try:
+        rows = likelihood.held_out_rows(
+            examples, loaded.tokenizer,
+            max_length=held.max_length, count=held.rows, seed=config.seed,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(
+            f"the split {split!r} has {taken}, in {groups} groups: {error}. Give "
+            "more groups, or set held_out.split='all' for a file that is all held out"
+        ) from error
+    print(
+        f"held-out: {len(rows)} rows, one a group, of {groups} groups ({taken}, split {split!r})",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    return rows
+
+
+def probe_retrieval(config: EvaluateConfig, loaded: Loaded) -> dict[str, Any]:
+    """What the memory knows of a prompt that is taken away."""
+    assert config.retrieval is not None
+    found = retrieval.evaluate(
+        loaded.systems, config.retrieval, loaded.tokenizer, haystack(config), config.decode,
+        max_length=loaded.max_length, seed=config.seed, batch_size=config.batch_size,
+    )  # fmt: skip
+    return {"retrieval": found}
+
+
+def remembered(
+    config: EvaluateConfig, loaded: Loaded, name: str, compute: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """A part that asks no questions one by one: computed once for these settings and weights."""
+    settings = dataclasses.asdict(config)
+    for unread in ("output", "mdlm", "memdlm", "under", "needles", "tasks"):
+        settings.pop(unread)
+    if config.held_out.path:
+        settings["held_out"]["path"] = _content(config.held_out.path)
+    key = _stages.digest([settings, loaded.weights, loaded.tokenizer.digest()])
+    return _stages.stage(Path(config.output) / "parts" / f"{name}-{key}.json", compute)[0]
+
+
+def _content(path: str) -> str:
+    """Digest of a file, so that another content is other data."""
+    return _stages.digest(Path(path).read_text(encoding="utf-8"))

@@ -1,0 +1,101 @@
+"""The head at some positions is the head, picked at these positions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memdlm_jax.memory import fast_weights
+from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.training import flops
+from tests.models.small import FAMILIES, TOKENS
+
+AT = jnp.array([[0, 3, 8, 8], [1, 0, 5, 2]])
+VALID = jnp.ones(TOKENS.shape, bool).at[1, -2:].set(False)
+
+
+def random_phi(model, split):
+    """Two groups of fast weights on everything that can carry them."""
+    memory = MemoryConfig(
+        rank=2, alpha=4.0, layer_fraction=1 - (split + 0.1) / model.num_layers,
+        target_modules=("attention", "mlp"),
+    )  # fmt: skip
+    phi = fast_weights.init(jax.random.key(1), model, memory, 2)
+    leaves, structure = jax.tree.flatten(phi)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    drawn = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("split", [0, 2, 3])
+def test_head_at_is_the_head_at_these_positions(name, split):
+    model = FAMILIES[name].with_config(remat="full" if split == 0 else "none")
+    theta = jax.jit(model.init)(jax.random.key(0))
+    position_ids = jnp.stack([jnp.arange(9), jnp.arange(9) + 3])
+    settings = [(None, VALID, position_ids)]
+    if split < 3:
+        # Who sees whom may differ from query to query.
+        causal = VALID[:, None, :] & jnp.tril(jnp.ones((9, 9), bool))
+        settings += [(random_phi(model, split), causal, None)]
+
+    for phi, attend, positions in settings:
+
+        @jax.jit
+        def run(theta, phi, attend, positions, model=model):
+            hidden = model.trunk(theta, TOKENS, attend, positions, split=split)
+            rest = (hidden, attend, positions)
+            head = functools.partial(fast_weights.head_with_memory, model, theta, phi, *rest)
+            everywhere = head(split=split)
+            return head(split=split, at=AT), jnp.take_along_axis(everywhere, AT[..., None], axis=1)
+
+        got, expected = run(theta, phi, attend, positions)
+        assert got.shape == (2, 4, 16)
+        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_gradients_are_those_of_the_head(remat):
+    model = FAMILIES["dream"].with_config(remat=remat)
+    theta, phi = jax.jit(model.init)(jax.random.key(0)), random_phi(model, 1)
+
+    def total(theta, phi, at):
+        hidden = model.trunk(theta, TOKENS, VALID, split=1)
+        last = fast_weights.head_with_memory(model, theta, phi, hidden, VALID, split=1, at=at)
+        last = last if at is not None else jnp.take_along_axis(last, AT[..., None], axis=1)
+        return jnp.sum(jnp.sin(last))
+
+    ours, want = (jax.jit(jax.grad(total, (0, 1)))(theta, phi, at) for at in (AT, None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, want)
+
+
+def test_the_last_layer_runs_at_the_wanted_positions_alone():
+    model = FAMILIES["llada"]
+    theta = model.init(jax.random.key(0))
+    hidden = jnp.zeros((2, 9, 16))
+
+    def count(at):
+        return flops.matmul_flops(
+            lambda h: fast_weights.head_with_memory(model, theta, None, h, split=2, at=at), hidden
+        )
+
+    positions, wanted, width = 2 * 9, 2 * 1, 16
+    attention = model.config.attention()
+    kv = 2 * positions * width * 2 * attention.num_kv_heads * attention.head_dim
+    per_wanted = 2 * (2 * width * width + 3 * width * 24)
+    scores = 2 * 2 * 9 * width
+    assert count(jnp.zeros((2, 1), jnp.int32)) == kv + wanted * (per_wanted + scores)
+
+
+def test_a_denoiser_without_head_at_runs_its_head():
+    class Plain:
+        def head(self, theta, phi, hidden, attend=None, position_ids=None, *, split):
+            return hidden * split
+
+    hidden = jnp.arange(24.0).reshape(2, 4, 3)
+    found = fast_weights.head_with_memory(
+        Plain(), None, None, hidden, split=2, at=jnp.array([[3], [0]])
+    )
+    np.testing.assert_array_equal(found, 2 * np.stack([hidden[0, 3:4], hidden[1, 0:1]]))
