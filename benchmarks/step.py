@@ -3,8 +3,8 @@
     python -m benchmarks.step --shape=B [--repeats=7] [--json=FILE] [--only="first_order;exact"]
 
 Wall time, matrix-product FLOPs and the compiler's temporary memory of each, as multiples of the
-plain MDLM step of the same run. The programs take turns; medians and extremes of the ratios are over
-turns. ``--compile_only`` leaves out the times.
+plain MDLM step of the same run. The programs take turns; medians and extremes of the ratios are
+over turns. ``--compile_only`` leaves out the times.
 """
 
 import argparse

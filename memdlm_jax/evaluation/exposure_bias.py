@@ -13,18 +13,17 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memdlm_jax.data.sft import Row
 from memdlm_jax.diffusion import masking, objective, unmasking
-from memdlm_jax.evaluation import statistics
-from memdlm_jax.evaluation.likelihood import pad_rows, up_to
+from memdlm_jax.diffusion.objective import Targets
+from memdlm_jax.diffusion.samplers import DecodeConfig
+from memdlm_jax.evaluation import likelihood, statistics
 from memdlm_jax.evaluation.systems import System
-from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.learned import InnerParameters
-from memdlm_jax.memory.prompt_memory import write_prompts
-from memdlm_jax.typing import Batch, Denoiser, Key, Theta
+from memdlm_jax.typing import Batch, Denoiser, Key, Theta, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,44 +82,28 @@ def row_curves(
     Returns:
         (static, sequential), [steps, b] each.
     """
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-    memory_keys, mask_keys = jnp.unstack(jax.vmap(jax.random.split)(row_keys), axis=1)
-    phi, split = None, denoiser.num_layers
-    if memory is not None:
-        prompt = batch.valid & ~batch.maskable
-        phi, _ = write_prompts(memory_keys, denoiser, memory, theta, batch.tokens, prompt, inner)
-        split = fast_weights.split_of(denoiser, memory)
+    memory_keys, mask_keys = likelihood.row_keys(key, rows)
+    written = likelihood.write(denoiser, memory, theta, memory_keys, batch, inner)
     response = objective.gather_targets(batch.tokens, batch.maskable, capacity)
     counts = masked_counts(batch.maskable.sum(-1), steps)
 
     def predict(tokens):
-        hidden = denoiser.trunk(theta, tokens, batch.valid, split=split)
-        last = fast_weights.head_with_memory(denoiser, theta, phi, hidden, batch.valid, split=split)
-        return denoiser.readout(theta, objective.hidden_at(last, response))
+        return likelihood.logits_at(denoiser, theta, written, tokens, batch.valid, response)
 
-    def loss(logits, tokens):
+    def loss(logits, masked):
         """Over the response's masked tokens."""
-        now = jnp.take_along_axis(tokens, response.positions, axis=1)
-        masked = response.present & (now == denoiser.mask_token_id)
-        log_p = jax.nn.log_softmax(logits, axis=-1)
-        nll = -jnp.take_along_axis(log_p, response.labels[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(masked, nll, 0), axis=1) / jnp.sum(masked, axis=1), masked
+        nll = objective.token_losses(logits, response)
+        return jnp.sum(jnp.where(masked, nll, 0), axis=1) / jnp.sum(masked, axis=1)
 
     def one_step(tokens, now):
         index, count, then = now
         logits = predict(tokens)
-        sequential, masked = loss(logits, tokens)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(mask_keys, index)
-        choose = jax.vmap(lambda k, m, c: masking.choose_exactly(k, m[None], c[None])[0])
-        mask = choose(keys, batch.maskable, count)
+        masked = response_masks(tokens, response, denoiser.mask_token_id)
+        sequential = loss(logits, masked)
+        mask = likelihood.random_masks(mask_keys, index, batch.maskable, count)
         noisy = masking.apply_mask(batch.tokens, mask, denoiser.mask_token_id)
-        static, _ = loss(predict(noisy), noisy)
-
-        guesses = logits.at[..., denoiser.mask_token_id].set(-jnp.inf)
-        best = jnp.argmax(guesses, axis=-1)
-        sureness = jnp.max(guesses, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-        commit = unmasking.most_confident(sureness, masked, (count - then)[:, None])
-        tokens = _put(tokens, response.positions, best, commit)
+        static = loss(predict(noisy), response_masks(noisy, response, denoiser.mask_token_id))
+        tokens = commit(mask_keys, logits, tokens, response, count - then, denoiser.mask_token_id)
         return tokens, (static, sequential)
 
     start = masking.apply_mask(batch.tokens, batch.maskable, denoiser.mask_token_id)
@@ -129,11 +112,36 @@ def row_curves(
     return curves
 
 
-def _put(tokens, positions, new, where):
-    """Write tokens at some of the given positions of every row."""
-    columns = jnp.where(where, positions, tokens.shape[1])  # Out of bounds is dropped.
+def response_masks(tokens: Tokens, response: Targets, mask_token_id: int) -> Bool[Array, "b c"]:
+    """Which slots of the response are still masked in rows ``tokens``."""
+    now = jnp.take_along_axis(tokens, response.positions, axis=1)
+    return response.present & (now == mask_token_id)
+
+
+def commit(
+    keys: Key,
+    logits: Float[Array, "b c v"],
+    tokens: Tokens,
+    response: Targets,
+    count: Int[Array, "b"],
+    mask_token_id: int,
+) -> Tokens:
+    """Fill the ``count`` masked tokens of every row that the model is surest of with its guesses.
+
+    Args:
+        keys: [b], unread: the guesses are greedy, as in LLaDA's decoding.
+        logits: what the model says at the slots of the response.
+        tokens: [b, l] rows whose response is masked in part.
+        response: its slots.
+        count: [b] tokens to fill.
+        mask_token_id: id of the mask token, which is never a guess.
+    """
+    proposal = unmasking.propose(keys, logits, DecodeConfig(), mask_token_id)
+    masked = response_masks(tokens, response, mask_token_id)
+    best = unmasking.most_confident(proposal.score, masked, count[:, None])
+    columns = jnp.where(best, response.positions, tokens.shape[1])  # Out of bounds is dropped.
     return jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))(
-        tokens, columns, new.astype(tokens.dtype)
+        tokens, columns, proposal.tokens.astype(tokens.dtype)
     )
 
 
@@ -194,16 +202,12 @@ def dataset_curves(
     batch_size: int = 8,
 ) -> tuple[Float[np.ndarray, "n s"], Float[np.ndarray, "n s"]]:
     """``row_curves`` of every row, in the given order; rows of like length share a batch."""
-    order = np.argsort([len(row.tokens) for row in rows], kind="stable")
-    capacity = up_to(32, max(len(row.tokens) - row.prompt_length for row in rows))
-    static, sequential = np.zeros((2, len(rows), config.steps))
-    for start in range(0, len(rows), batch_size):
-        # A short last batch repeats its last row: one shape, and the repeats write the same loss.
-        places = order[np.minimum(np.arange(start, start + batch_size), len(rows) - 1)]
-        curves = row_curves(
+
+    def curves(places, batch, capacity):
+        found = row_curves(
             system.denoiser, system.memory, config.steps, capacity, system.theta,
-            jax.random.key(config.seed), places, pad_rows([rows[i] for i in places], pad_token_id),
-            system.inner,
+            jax.random.key(config.seed), places, batch, system.inner,
         )  # fmt: skip
-        static[places], sequential[places] = (np.asarray(curve).T for curve in curves)
-    return static, sequential
+        return tuple(curve.T for curve in found)
+
+    return likelihood.over_rows(curves, rows, pad_token_id, batch_size)

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +16,14 @@ from memdlm_jax.data.example import Example
 from memdlm_jax.data.sft import EncodeConfig, Encoder, Row
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion import masking, objective
+from memdlm_jax.diffusion.objective import Targets
 from memdlm_jax.evaluation import statistics
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.learned import InnerParameters
 from memdlm_jax.memory.prompt_memory import write_prompts
-from memdlm_jax.typing import Batch, Denoiser, Key, Theta
+from memdlm_jax.typing import Batch, Denoiser, Key, Mask, Phi, Theta, Tokens
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -90,6 +93,124 @@ def mask_counts(
     return jnp.minimum(1 + (u * maskable).astype(jnp.int32), maskable)
 
 
+@flax.struct.dataclass
+class Written:
+    """What the rows of a batch have in memory.
+
+    Attributes:
+        phi: fast weights, one group per row, or ``None``.
+        split: number of trunk layers.
+    """
+
+    phi: Phi
+    split: int = flax.struct.field(pytree_node=False)
+
+
+def row_keys(key: Key, rows: Int[Array, "b"]) -> tuple[Key, Key]:
+    """(memory's keys, the masks' keys), [b] each: a row's hang on its number alone."""
+    return split_keys(jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
+
+
+def split_keys(keys: Key) -> tuple[Key, Key]:
+    """(memory's keys, the masks' keys), [b] each, from the rows' own keys.
+
+    The first are those with which ``generation.write`` writes, given the same keys.
+    """
+    memory_keys, mask_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+    return memory_keys, mask_keys
+
+
+def write(
+    denoiser: Denoiser,
+    memory: MemoryConfig | None,
+    theta: Theta,
+    keys: Key,
+    batch: Batch,
+    inner: InnerParameters | None = None,
+) -> Written:
+    """Write every row's prompt, its valid tokens that are not maskable, into memory of its own.
+
+    Args:
+        denoiser: the backbone.
+        memory: how; ``None`` writes nothing.
+        theta: base parameters.
+        keys: [b] one PRNG key per row.
+        batch: clean rows [b, l], padded on the right.
+        inner: the learned inner loop's parameters.
+    """
+    if memory is None:
+        return Written(None, fast_weights.plain_split(denoiser))
+    prompt = batch.valid & ~batch.maskable
+    phi, _ = write_prompts(keys, denoiser, memory, theta, batch.tokens, prompt, inner)
+    return Written(phi, fast_weights.split_of(denoiser, memory))
+
+
+def logits_at(
+    denoiser: Denoiser,
+    theta: Theta,
+    written: Written,
+    tokens: Tokens,
+    valid: Mask,
+    targets: Targets,
+) -> Float[Array, "b c v"]:
+    """What the model says at the targets of rows ``tokens``, with what is written in memory."""
+    split = written.split
+    hidden = denoiser.trunk(theta, tokens, valid, split=split)
+    last = fast_weights.head_with_memory(
+        denoiser, theta, written.phi, hidden, valid, split=split, at=targets.positions
+    )
+    return denoiser.readout(theta, last)
+
+
+def random_masks(keys: Key, number: Int[Array, ""], maskable: Mask, count: Int[Array, "b"]) -> Mask:
+    """Mask ``count`` of each row's maskable tokens, the ``number``-th draw of the row's key.
+
+    A row's draw at a column is the same whatever the width of the batch.
+    """
+    draw_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    choose = jax.vmap(lambda k, m, c: masking.choose_exactly(k, m[None], c[None])[0])
+    return choose(draw_keys, maskable, count)
+
+
+def sampled_losses(
+    denoiser: Denoiser,
+    samples: int,
+    capacity: int,
+    theta: Theta,
+    written: Written,
+    mask_keys: Key,
+    rows: Int[Array, "b"],
+    batch: Batch,
+) -> Float[Array, "s b"]:
+    """Samples of the MDLM bound on -log p(response | prompt) of every row, in nats.
+
+    Exactly n of M maskable tokens are masked, n uniform over 1 .. M, and the loss weighs M / n:
+    the same expectation as independent masking at t ~ U(0, 1) with weight 1/t, with less variance
+    (LLaDA, arXiv 2502.09992, equation 6).
+
+    Args:
+        denoiser: the backbone.
+        samples: masked copies of every row.
+        capacity: target slots, at least the maskable tokens of any row.
+        theta: base parameters.
+        written: memory of the rows.
+        mask_keys: [b] one PRNG key per row.
+        rows: [b] number of every row, which its times start from.
+        batch: clean rows [b, l], padded on the right.
+    """
+    maskable = batch.maskable.sum(-1)
+
+    def one_copy(sample):
+        count = mask_counts(maskable, rows, sample, samples)
+        mask = random_masks(mask_keys, sample, batch.maskable, count)
+        noisy = masking.apply_mask(batch.tokens, mask, denoiser.mask_token_id)
+        targets = objective.gather_targets(batch.tokens, mask, capacity)
+        logits = logits_at(denoiser, theta, written, noisy, batch.valid, targets)
+        return objective.row_losses(logits, targets) * maskable / jnp.maximum(count, 1)
+
+    return jax.lax.map(one_copy, jnp.arange(samples))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def row_losses(
     denoiser: Denoiser,
@@ -102,11 +223,7 @@ def row_losses(
     batch: Batch,
     inner: InnerParameters | None = None,
 ) -> Float[Array, "b"]:
-    """MDLM bound on -log p(response | prompt) of every row, in nats.
-
-    Exactly n of M maskable tokens are masked, n uniform over 1 .. M, and the loss weighs M / n:
-    the same expectation as independent masking at t ~ U(0, 1) with weight 1/t, with less variance
-    (LLaDA, arXiv 2502.09992, equation 6).
+    """MDLM bound on -log p(response | prompt) of every row, in nats: mean of ``sampled_losses``.
 
     Args:
         denoiser: the backbone.
@@ -120,28 +237,10 @@ def row_losses(
         batch: clean rows [b, l], padded on the right.
         inner: the learned inner loop's parameters.
     """
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-    memory_keys, mask_keys = jnp.unstack(jax.vmap(jax.random.split)(row_keys), axis=1)
-    phi, split = None, denoiser.num_layers
-    if memory is not None:
-        prompt = batch.valid & ~batch.maskable
-        phi, _ = write_prompts(memory_keys, denoiser, memory, theta, batch.tokens, prompt, inner)
-        split = fast_weights.split_of(denoiser, memory)
-    maskable = batch.maskable.sum(-1)
-
-    def one_copy(sample):
-        count = mask_counts(maskable, rows, sample, samples)
-        choose = jax.vmap(lambda k, m, c: masking.choose_exactly(k, m[None], c[None])[0])
-        copy_keys = jax.vmap(jax.random.fold_in, (0, None))(mask_keys, sample)
-        mask = choose(copy_keys, batch.maskable, count)
-        noisy = masking.apply_mask(batch.tokens, mask, denoiser.mask_token_id)
-        targets = objective.gather_targets(batch.tokens, mask, capacity)
-        hidden = denoiser.trunk(theta, noisy, batch.valid, split=split)
-        last = fast_weights.head_with_memory(denoiser, theta, phi, hidden, batch.valid, split=split)
-        logits = denoiser.readout(theta, objective.hidden_at(last, targets))
-        return objective.row_losses(logits, targets) * maskable / jnp.maximum(count, 1)
-
-    return jax.lax.map(one_copy, jnp.arange(samples)).mean(0)
+    memory_keys, mask_keys = row_keys(key, rows)
+    written = write(denoiser, memory, theta, memory_keys, batch, inner)
+    losses = sampled_losses(denoiser, samples, capacity, theta, written, mask_keys, rows, batch)
+    return losses.mean(0)
 
 
 def evaluate(
@@ -210,18 +309,46 @@ def dataset_losses(
     batch_size: int = 8,
 ) -> Float[np.ndarray, "n"]:
     """``row_losses`` of every row, in the given order; rows of like length share a batch."""
+
+    def losses(places, batch, capacity):
+        return row_losses(
+            system.denoiser, system.memory, config.samples, capacity, system.theta,
+            jax.random.key(config.seed), places, batch, system.inner,
+        )  # fmt: skip
+
+    return over_rows(losses, rows, pad_token_id, batch_size)
+
+
+def over_rows(
+    measure: Callable[[Int[np.ndarray, "b"], Batch, int], Any],
+    rows: Sequence[Row],
+    pad_token_id: int,
+    batch_size: int,
+) -> Any:
+    """Measure all rows in batches of like length, compiled once for each width.
+
+    Args:
+        measure: (places of the rows [b], the rows, target slots that hold any row's response) ->
+            tree of arrays [b, ...].
+        rows: encoded conversations.
+        pad_token_id: fills short rows.
+        batch_size: rows at a time.
+
+    Returns:
+        The tree with numpy leaves [n, ...] in the order of the rows.
+    """
     order = np.argsort([len(row.tokens) for row in rows], kind="stable")
     capacity = up_to(32, max(len(row.tokens) - row.prompt_length for row in rows))
-    losses = np.zeros(len(rows))
+    found: Any = None
     for start in range(0, len(rows), batch_size):
         # A short last batch repeats its last row: one shape, and the repeats write the same loss.
         places = order[np.minimum(np.arange(start, start + batch_size), len(rows) - 1)]
-        losses[places] = row_losses(
-            system.denoiser, system.memory, config.samples, capacity, system.theta,
-            jax.random.key(config.seed), places, pad_rows([rows[i] for i in places], pad_token_id),
-            system.inner,
-        )  # fmt: skip
-    return losses
+        part = measure(places, pad_rows([rows[i] for i in places], pad_token_id), capacity)
+        if found is None:
+            found = jax.tree.map(lambda leaf: np.zeros((len(rows), *leaf.shape[1:])), part)
+        for whole, piece in zip(jax.tree.leaves(found), jax.tree.leaves(part), strict=True):
+            whole[places] = piece
+    return found
 
 
 def up_to(multiple: int, length: int) -> int:
@@ -231,7 +358,7 @@ def up_to(multiple: int, length: int) -> int:
 
 def pad_rows(rows: Sequence[Row], pad_token_id: int) -> Batch:
     """Rows in one batch, padded on the right to a multiple of 128 columns."""
-    width = up_to(128, max(len(row.tokens) for row in rows))
+    width = up_to(128, max(1, *(len(row.tokens) for row in rows)))
     tokens = np.full((len(rows), width), pad_token_id, np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row.tokens)] = row.tokens

@@ -9,90 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from memdlm_jax.models import inspection
-from memdlm_jax.models.attention import Attention, KeysAndValues, pick, sees_block
-from memdlm_jax.models.config import Run, TransformerConfig, matrices, runs_of
-from memdlm_jax.models.layers import RMSNorm, SwiGLU
-from memdlm_jax.models.moe import Mixture
+from memdlm_jax.models.attention import pick, sees_block
+from memdlm_jax.models.block import block_of, fast_weights_of, stack_of
+from memdlm_jax.models.config import TransformerConfig, matrices, runs_of
+from memdlm_jax.models.layers import RMSNorm
 from memdlm_jax.typing import Cache, Hidden, Key, Phi, Theta, Tokens, merged
-
-
-class Block(nn.Module):
-    """One pre-norm layer: attention, then feed-forward.
-
-    Attributes:
-        config: sizes and switches.
-        mixture: whether the feed-forward block is a mixture of experts.
-        keep: return keys and values too.
-    """
-
-    config: TransformerConfig
-    mixture: bool
-    keep: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None,
-        position_ids: jax.Array,
-        cached: KeysAndValues | None = None,
-        at: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysAndValues | None]:
-        """Map [b, l, d] to ([b, l, d], keys and values of x if they are to be kept).
-
-        With ``at`` [b, c] only what stands at these positions is computed, [b, c, d].
-        """
-        c = self.config
-        dtype = jnp.dtype(c.param_dtype)
-        init = nn.initializers.normal(c.width**-0.5)
-        output_init = nn.initializers.normal((2 * c.num_layers * c.width) ** -0.5)
-        inits = init, output_init, dtype
-        attention = Attention(c.attention(), *inits, name="attention")
-        mixed, own = attention(
-            RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x), mask, position_ids, cached, at
-        )
-        x = mixed + (x if at is None else pick(x, at))
-        parts = c.mixture() if self.mixture else None
-        mlp: nn.Module
-        if parts is None:
-            mlp = SwiGLU(c.hidden_features, *inits, name="mlp")
-        else:
-            mlp = Mixture(parts, *inits, name="mlp")
-        fed = mlp(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
-        x = x + fed
-        for name, value in (("attention", mixed), ("feed_forward", fed), ("hidden", x)):
-            self.sow("intermediates", f"sown_{name}", value)
-        return x, own if self.keep else None
-
-
-def _grouped_products(primitive, *_, **__) -> bool:
-    return primitive.name == "grouped_matmul"
-
-
-# Keeps the products with weights, not the scores of attention, which are far larger.
-_SAVE_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _grouped_products
-)
-
-
-def _block(config: TransformerConfig) -> type[nn.Module]:
-    """A layer, recomputed in the backward pass as the config says."""
-    if config.remat == "none":
-        return Block
-    policy = _SAVE_PRODUCTS if config.remat == "dots" else None
-    rematerialised: Any = nn.remat(Block, prevent_cse=False, policy=policy)
-    return rematerialised
-
-
-def _stack(config: TransformerConfig, run: Run, length: int, keep: bool = False) -> nn.Module:
-    """``length`` blocks of a run under one scan: compile time does not grow with depth."""
-    return nn.scan(
-        _block(config),
-        variable_axes={"params": 0, "fast": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, 0),
-        length=length,
-    )(config, run.mixture, keep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +61,7 @@ class Transformer:
         normal = nn.initializers.normal(c.width**-0.5)
         theta: dict[str, Any] = {"embedding": normal(embed_key, (c.vocab_size, c.width), dtype)}
         for run, run_key in zip(runs, keys, strict=True):
-            stack = _stack(c, run, run.length)
+            stack = stack_of(c, run, run.length)
             theta[run.name] = stack.init({"params": run_key}, x, None, positions, None)["params"]
         theta["final_norm"] = {"scale": jnp.ones((c.width,), dtype)}
         if not c.tied:
@@ -200,35 +121,34 @@ class Transformer:
     ) -> Hidden:
         """``head`` at positions ``at`` [b, c] alone, [b, c, d]: nothing else reads the last layer.
 
-        Of the last layer only keys and values are computed everywhere.
+        Of the last layer only keys and values are computed everywhere. The first one stands outside
+        of the scan, in whose body a gradient in phi alone would go on to what the layer reads.
         """
         n = self.num_layers
         if split == n:  # The trunk is all of the model, and has put its results in their places.
             return pick(hidden, at)
         if self.config.right_shift:
             at = jnp.maximum(at - 1, 0)
-        theta, last = merged(theta), runs_of(self.config)[-1]
-        below, above = self._parted(phi)
-        hidden = self.layers(theta, below, hidden, attend, position_ids, split, n - 1)
-        index = n - 1 - last.first
-        variables = {"params": jax.tree.map(lambda leaf: leaf[index], theta[last.name])}
-        if above is not None:
-            variables["fast"] = above
-        positions = _positions(hidden, position_ids)
+        theta, positions = merged(theta), _positions(hidden, position_ids)
         mask = self._mask(attend, positions, None)
-        block = _block(self.config)(self.config, last.mixture)
-        found, _ = block.apply(variables, hidden, mask, positions, None, at)
-        return found
+        if split < n - 1:
+            hidden = self._layer(theta, phi, hidden, mask, positions, split, split)
+            between = fast_weights_of(self.config, phi, split, split + 1, n - 1)
+            hidden = self.layers(theta, between, hidden, attend, position_ids, split + 1, n - 1)
+        return self._layer(theta, phi, hidden, mask, positions, split, n - 1, at)
 
-    def _parted(self, phi: Phi) -> tuple[Phi, Phi]:
-        """Fast weights of all layers but the last, and of the last one."""
-        runs = runs_of(self.config)
-        tail = phi if phi is None or len(runs) == 1 else phi.get(runs[-1].name)
-        if tail is None:
-            return phi, None
-        below = jax.tree.map(lambda leaf: leaf[:-1], tail)
-        above = jax.tree.map(lambda leaf: leaf[-1], tail)
-        return (below if len(runs) == 1 else phi | {runs[-1].name: below}), above
+    def _layer(self, theta, phi, hidden, mask, positions, split, number, at=None) -> Hidden:
+        """One layer outside of any scan."""
+        run = next(r for r in runs_of(self.config) if number < r.first + r.length)
+        index = number - run.first
+        variables = {"params": jax.tree.map(lambda leaf: leaf[index], theta[run.name])}
+        fast = fast_weights_of(self.config, phi, split, number, number + 1)
+        if fast is not None and len(runs_of(self.config)) > 1:
+            fast = fast.get(run.name)
+        if fast is not None:
+            variables["fast"] = jax.tree.map(lambda leaf: leaf[0], fast)
+        block = block_of(self.config)(self.config, run.mixture)
+        return block.apply(variables, hidden, mask, positions, None, at)[0]
 
     def head_with_cache(
         self,
@@ -348,7 +268,7 @@ class Transformer:
             variables = {"params": layers} if fast is None else {"params": layers, "fast": fast}
             # What the stack really holds: a shortened one runs as a shorter model.
             length = jax.tree.leaves(layers)[0].shape[0]
-            stack = _stack(self.config, run, length, keep=own is not None)
+            stack = stack_of(self.config, run, length, keep=own is not None)
             inputs = hidden, mask, positions, None if cache is None else cache[run.name]
             if found is not None:
                 (hidden, _), sown = stack.apply(variables, *inputs, mutable=["intermediates"])

@@ -10,19 +10,23 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def matmul_flops(function: Callable, *arguments: Any) -> int:
     """FLOPs (two per multiply-add) of all matrix products.
 
     A scan counts its length times; of a ``cond`` the costliest branch counts; a ``while`` counts
-    one pass. Recomputation by remat is included; what XLA would later merge is not taken off.
+    one pass. What no result depends on is left out, as the compiler does. Recomputation by remat is
+    included; what XLA would later merge is not taken off.
 
     Args:
         function: to trace, never run.
         *arguments: arrays or ``jax.ShapeDtypeStruct``.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(used)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:

@@ -1,0 +1,106 @@
+"""One layer of a transformer, and layers under one scan."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memdlm_jax.models.attention import Attention, KeysAndValues, pick
+from memdlm_jax.models.config import Run, TransformerConfig, runs_of
+from memdlm_jax.models.layers import RMSNorm, SwiGLU
+from memdlm_jax.models.moe import Mixture
+from memdlm_jax.typing import Phi
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then feed-forward.
+
+    Attributes:
+        config: sizes and switches.
+        mixture: whether the feed-forward block is a mixture of experts.
+        keep: return keys and values too.
+    """
+
+    config: TransformerConfig
+    mixture: bool
+    keep: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        position_ids: jax.Array,
+        cached: KeysAndValues | None = None,
+        at: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeysAndValues | None]:
+        """Map [b, l, d] to ([b, l, d], keys and values of x if they are to be kept).
+
+        With ``at`` [b, c] only what stands at these positions is computed, [b, c, d].
+        """
+        c = self.config
+        dtype = jnp.dtype(c.param_dtype)
+        init = nn.initializers.normal(c.width**-0.5)
+        output_init = nn.initializers.normal((2 * c.num_layers * c.width) ** -0.5)
+        inits = init, output_init, dtype
+        attention = Attention(c.attention(), *inits, name="attention")
+        mixed, own = attention(
+            RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x), mask, position_ids, cached, at
+        )
+        x = mixed + (x if at is None else pick(x, at))
+        parts = c.mixture() if self.mixture else None
+        mlp: nn.Module
+        if parts is None:
+            mlp = SwiGLU(c.hidden_features, *inits, name="mlp")
+        else:
+            mlp = Mixture(parts, *inits, name="mlp")
+        fed = mlp(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
+        x = x + fed
+        for name, value in (("attention", mixed), ("feed_forward", fed), ("hidden", x)):
+            self.sow("intermediates", f"sown_{name}", value)
+        return x, own if self.keep else None
+
+
+def _grouped_products(primitive, *_, **__) -> bool:
+    return primitive.name == "grouped_matmul"
+
+
+# Keeps the products with weights, not the scores of attention, which are far larger.
+_SAVE_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _grouped_products
+)
+
+
+def block_of(config: TransformerConfig) -> type[nn.Module]:
+    """A layer, recomputed in the backward pass as the config says."""
+    if config.remat == "none":
+        return Block
+    policy = _SAVE_PRODUCTS if config.remat == "dots" else None
+    rematerialised: Any = nn.remat(Block, prevent_cse=False, policy=policy)
+    return rematerialised
+
+
+def stack_of(config: TransformerConfig, run: Run, length: int, keep: bool = False) -> nn.Module:
+    """``length`` blocks of a run under one scan: compile time does not grow with depth."""
+    return nn.scan(
+        block_of(config),
+        variable_axes={"params": 0, "fast": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast, 0),
+        length=length,
+    )(config, run.mixture, keep)
+
+
+def fast_weights_of(config: TransformerConfig, phi: Phi, split: int, start: int, stop: int) -> Phi:
+    """Of fast weights of layers ``split`` and on, those of layers ``start .. stop - 1``."""
+
+    def part(tree, run):
+        first, end = max(split, run.first), run.first + run.length
+        some = slice(max(start, first) - first, max(min(stop, end) - first, 0))
+        return jax.tree.map(lambda leaf: leaf[some], tree)
+
+    runs = runs_of(config)
+    if phi is None or len(runs) == 1:
+        return phi if phi is None else part(phi, runs[0])
+    return {run.name: part(phi[run.name], run) for run in runs if run.name in phi}
