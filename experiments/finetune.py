@@ -61,6 +61,7 @@ class FinetuneConfig:
         under: model folder under an ``init`` that holds adapters; empty is the one they name.
         dtype: of the activations.
         remat: what the backward pass recomputes, see ``TransformerConfig``.
+        vocab_chunk: tokens of the vocabulary that the loss takes at a time; 0 takes all.
         validation_batches: batches of the validation split to score.
     """
 
@@ -77,6 +78,7 @@ class FinetuneConfig:
     under: str = ""
     dtype: _model.Dtype = "float32"
     remat: Remat = "none"
+    vocab_chunk: int = 0
     validation_batches: int = 16
 
     def __post_init__(self):
@@ -167,7 +169,7 @@ def model_of(config: FinetuneConfig) -> tuple[Transformer, Theta]:
         ValueError: ``init`` holds adapters, and ``lora`` is missing or says otherwise.
     """
     denoiser, theta, _ = _model.load(config.init, config.dtype, config.base, config.under)
-    denoiser = denoiser.with_config(remat=config.remat)
+    denoiser = denoiser.with_config(remat=config.remat, vocab_chunk=config.vocab_chunk)
     if hugging_face.is_adapter(config.init):
         check_adapters(config, denoiser, theta)
         theta = lora.set_dropout(theta, config.lora.dropout if config.lora else 0.0)

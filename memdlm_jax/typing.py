@@ -182,6 +182,20 @@ class SelectiveDenoiser(Denoiser, Protocol):
 
 
 @runtime_checkable
+class ChunkingDenoiser(Denoiser, Protocol):
+    """A denoiser whose loss may be taken without ever holding logits of the whole vocabulary."""
+
+    @property
+    def vocab_chunk(self) -> int:
+        """Tokens of the vocabulary at a time; 0 for all."""
+        ...
+
+    def unembedding(self, theta: Theta) -> Float[Array, "d v"]:
+        """The output matrix, applied behind ``normalise``."""
+        ...
+
+
+@runtime_checkable
 class CachingDenoiser(Denoiser, Protocol):
     """A denoiser that can run on some columns of a row, attending to the cached rest.
 

@@ -19,6 +19,7 @@ def get_config(rows: str = "rows.jsonl") -> config_dict.ConfigDict:
     config = finetune_needles.get_config()
     config.dtype = "bfloat16"
     config.remat = "full"
+    config.vocab_chunk = 0
 
     config.data.sources = ({"kind": "jsonl", "path": rows},)
     config.data.encode.max_length = 4096

@@ -22,6 +22,7 @@ def get_config() -> config_dict.ConfigDict:
     config.base = "float32"
     config.under = ""
     config.remat = "none"
+    config.vocab_chunk = 0
     config.validation_batches = 16
 
     config.data = config_dict.ConfigDict()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from memdlm_jax.typing import Batch, Hidden, Mask, Tokens
+from memdlm_jax.typing import Batch, ChunkingDenoiser, Denoiser, Hidden, Mask, Theta, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +106,69 @@ def token_losses(logits: Float[Array, "b c v"], targets: Targets) -> Float[Array
     """-log p(label) of every slot, in nats; meaningless where the slot holds no target."""
     picked = jnp.take_along_axis(logits, targets.labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def chunked_token_losses(
+    normalised: Float[Array, "b c d"],
+    unembedding: Float[Array, "d v"],
+    targets: Targets,
+    chunk: int,
+) -> Float[Array, "b c"]:
+    """``token_losses`` of ``normalised @ unembedding``, at most ``chunk`` logits of a slot at once.
+
+    The logits of a chunk are made again in the backward pass, so that [b, c, v] never stands in
+    memory; that is one more product with the unembedding than without chunks. Derivatives of any
+    order go through.
+
+    Args:
+        normalised: hidden states of the slots, behind the final norm.
+        unembedding: output matrix.
+        targets: labels of the slots.
+        chunk: tokens of the vocabulary at a time, at least 1.
+    """
+    wide = jnp.promote_types(normalised.dtype, jnp.float32)
+    size = unembedding.shape[1]
+    chunk = min(chunk, size)
+    kernel = unembedding.astype(normalised.dtype)
+
+    def logits(columns):
+        return jnp.matmul(normalised, columns, preferred_element_type=wide)
+
+    @jax.checkpoint
+    def add(carry, columns):
+        """Highest logit so far, and the sum of exponentials below it."""
+        highest, total = carry
+        here = logits(columns)
+        # A constant of the derivative: it cancels from the result.
+        new = jnp.maximum(highest, jax.lax.stop_gradient(jnp.max(here, axis=-1)))
+        total = total * jnp.exp(highest - new) + jnp.sum(jnp.exp(here - new[..., None]), axis=-1)
+        return new, total
+
+    def step(carry, number):
+        return add(carry, jax.lax.dynamic_slice_in_dim(kernel, number * chunk, chunk, 1)), None
+
+    slots = normalised.shape[:-1]
+    carry = jnp.full(slots, -jnp.inf, wide), jnp.zeros(slots, wide)
+    carry, _ = jax.lax.scan(step, carry, jnp.arange(size // chunk))
+    if size % chunk:
+        carry = add(carry, kernel[:, size - size % chunk :])
+    highest, total = carry
+    own = jnp.moveaxis(jnp.take(kernel, targets.labels, axis=1), 0, -1)
+    picked = jnp.sum(normalised.astype(wide) * own.astype(wide), axis=-1)
+    return highest + jnp.log(total) - picked
+
+
+def label_losses(
+    denoiser: Denoiser, theta: Theta, last_hidden: Float[Array, "b c d"], targets: Targets
+) -> Float[Array, "b c"]:
+    """-log p(label) of every slot from its last hidden state, in nats.
+
+    By chunks of the vocabulary where the denoiser says so (``ChunkingDenoiser``).
+    """
+    if isinstance(denoiser, ChunkingDenoiser) and denoiser.vocab_chunk:
+        normalised, kernel = denoiser.normalise(theta, last_hidden), denoiser.unembedding(theta)
+        return chunked_token_losses(normalised, kernel, targets, denoiser.vocab_chunk)
+    return token_losses(denoiser.readout(theta, last_hidden), targets)
 
 
 def row_losses(logits: Float[Array, "b c v"], targets: Targets) -> Float[Array, "b"]:

@@ -83,7 +83,7 @@ def _name(config: MemoryConfig) -> str:
 
 def _cross_entropy(denoiser, config, theta, student, teacher, targets) -> Float[Array, "b c"]:
     del config, teacher
-    return objective.token_losses(denoiser.readout(theta, student), targets)
+    return objective.label_losses(denoiser, theta, student, targets)
 
 
 def _to_student(denoiser, config, theta, student, teacher, targets) -> Float[Array, "b c"]:

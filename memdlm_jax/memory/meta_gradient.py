@@ -329,7 +329,7 @@ def anchor_loss(
     last = fast_weights.head_with_memory(
         denoiser, theta, phi, hidden, valid, split=split, at=anchor.targets.positions
     )
-    losses = objective.token_losses(denoiser.readout(theta, last), anchor.targets)
+    losses = objective.label_losses(denoiser, theta, last, anchor.targets)
     return objective.weighted_sum(losses, anchor.targets, anchor.weight)
 
 

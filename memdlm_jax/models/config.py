@@ -31,6 +31,8 @@ class TransformerConfig:
         param_dtype: dtype of the parameters.
         remat: what the backward pass recomputes, layer by layer: ``none``, ``full`` (everything),
             ``dots`` (all but matrix products).
+        vocab_chunk: the loss takes so many tokens of the vocabulary at a time, for large ones; 0
+            takes all.
         attention_block: 0 for attention in both directions; else tokens see their own block of so
             many tokens and those before it. Blocks are counted by position id, so that padding
             before a row's first token does not move them.
@@ -51,6 +53,7 @@ class TransformerConfig:
     param_dtype: str = "float32"
     remat: Remat = "none"
     attention_block: int = 0
+    vocab_chunk: int = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -47,6 +47,11 @@ class Transformer:
             )
         return self.config.mask_token_id
 
+    @property
+    def vocab_chunk(self) -> int:
+        """Tokens of the vocabulary that the loss takes at a time; 0 for all."""
+        return self.config.vocab_chunk
+
     def with_config(self, **changes: Any) -> Self:
         """Return this model with some fields of its config changed."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from memdlm_jax.diffusion.objective import (
+    chunked_token_losses,
     correct_counts,
     diffusion_loss,
     gather_targets,
     hidden_at,
     row_losses,
+    token_losses,
 )
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 9, 6, 11
@@ -91,3 +93,60 @@ def test_correct_counts():
     wrong_first = right.at[:, 0].set(-right[:, 0])
     expected = np.maximum(MASK.sum(-1) - 1, 0)
     np.testing.assert_array_equal(correct_counts(wrong_first, targets), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 11, 50])
+def test_chunks_of_the_vocabulary_change_no_derivative(chunk):
+    """Loss, gradient and the gradient's derivative, by chunks that divide 11 and that do not."""
+    targets = gather_targets(jnp.asarray(TOKENS), jnp.asarray(MASK), 6)
+    with jax.enable_x64(True):
+        wide = jnp.asarray(HIDDEN[:, :6], jnp.float64), jnp.asarray(KERNEL, jnp.float64)
+        wide = (wide[0] * 9, wide[1])  # Logits far apart, so that the shift matters.
+
+        def by_chunks(hidden, kernel):
+            losses = chunked_token_losses(hidden, kernel, targets, chunk)
+            return jnp.sum(losses * jnp.cos(jnp.arange(6.0))), losses
+
+        def at_once(hidden, kernel):
+            losses = token_losses(hidden @ kernel, targets)
+            return jnp.sum(losses * jnp.cos(jnp.arange(6.0))), losses
+
+        def derivatives(function):
+            gradient = jax.grad(function, (0, 1), has_aux=True)
+            (first, losses), (second, _) = jax.jvp(gradient, wide, (wide[0] / 3, wide[1] / 5))
+            return first, losses, second
+
+        ours, want = (jax.jit(derivatives, static_argnums=0)(f) for f in (by_chunks, at_once))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), ours, want
+        )
+
+
+def _largest(jaxpr):
+    """Most numbers that any array of a program has, those of its inner programs included."""
+    sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars]
+    inner = [
+        _largest(j if hasattr(j, "eqns") else j.jaxpr)
+        for e in jaxpr.eqns
+        for value in e.params.values()
+        for j in (value if isinstance(value, tuple | list) else (value,))
+        if hasattr(j, "eqns") or hasattr(j, "jaxpr")
+    ]
+    return max([0, *sizes, *inner])
+
+
+def test_chunked_logits_are_never_all_there():
+    targets = gather_targets(jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64), bool))
+    hidden, kernel = jnp.ones((2, 64, 4)), jnp.ones((4, 1000))
+
+    def loss(hidden, kernel, chunk):
+        if chunk:
+            return chunked_token_losses(hidden, kernel, targets, chunk).sum()
+        return token_losses(hidden @ kernel, targets).sum()
+
+    def largest(chunk):
+        gradient = jax.grad(lambda *arrays: loss(*arrays, chunk), (0, 1))
+        return _largest(jax.make_jaxpr(gradient)(hidden, kernel).jaxpr)
+
+    whole, parts = largest(0), largest(50)
+    assert whole == 2 * 64 * 1000 and parts <= 2 * 64 * 50

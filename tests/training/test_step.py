@@ -105,6 +105,21 @@ def test_memory_off_is_the_plain_loss_and_costs_nothing_unless_asked_for():
     jax.tree.map(np.testing.assert_array_equal, quiet, loud)
 
 
+@pytest.mark.parametrize("memory", [None, dataclasses.replace(tiny.MEMORY, meta_gradient="exact")])
+def test_a_loss_by_chunks_of_the_vocabulary_takes_the_same_step(memory):
+    chunked = tiny.DENOISER.with_config(vocab_chunk=7)
+    setup = tiny.setup(memory, corrupt=tiny.corrupt)
+    found = [
+        compiled(dataclasses.replace(setup, denoiser=denoiser))(
+            tiny.fresh_state(), tiny.batch(), KEY, True
+        )
+        for denoiser in (tiny.DENOISER, chunked)
+    ]
+    (_, metrics), (_, others) = found
+    for name in ("loss/memory_on", "loss/memory_off", "gradient_norm"):
+        assert metrics[name] == pytest.approx(float(others[name]), rel=1e-5)
+
+
 def test_inner_metrics_are_reported():
     take = compiled(tiny.setup(tiny.MEMORY, corrupt=tiny.corrupt))
     _, metrics = take(tiny.fresh_state(), tiny.batch(), KEY, True)
