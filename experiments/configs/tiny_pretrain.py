@@ -84,6 +84,7 @@ def _retrieval() -> ConfigDict:
             "validate_every": 500,
             "save_every": 250,
             "profile_steps": 0,
+            "peak_flops": 0.0,
         }
     )
     config.probe = ConfigDict(

@@ -64,6 +64,8 @@ class TrainConfig:
         save_every: steps between checkpoints; the last step is always saved.
         keep_last: newest checkpoints to keep, beside the best.
         profile_steps: steps to record with ``jax.profiler`` once warmed up; 0 for none.
+        peak_flops: FLOPs that a device can do in a second, for the model FLOP utilisation; 0 takes
+            what is published for it, and leaves the utilisation out where nothing is.
     """
 
     output: str
@@ -75,13 +77,14 @@ class TrainConfig:
     save_every: int = 1000
     keep_last: int = 2
     profile_steps: int = 0
+    peak_flops: float = 0.0
 
     def __post_init__(self):
         if not self.output:
             raise ValueError("train.output='' must name a folder")
         for field in ("steps", "log_every", "save_every", "keep_last"):
             self._at_least(field, 1)
-        for field in ("seed", "validation_seed", "validate_every", "profile_steps"):
+        for field in ("seed", "validation_seed", "validate_every", "profile_steps", "peak_flops"):
             self._at_least(field, 0)
 
     def _at_least(self, field: str, bound: int) -> None:
@@ -265,7 +268,7 @@ class _Loop:
     def run(self) -> Result:
         """Take the steps that are left."""
         c, p = self.config, self.progress
-        self.speed = Speed(self.steps)
+        self.speed = Speed(self.steps, self.config.peak_flops)
         self.pending: list[tuple[int, Metrics]] = []
         self.saved = p.step
         trace = Trace(c.output, p.step, c.profile_steps)

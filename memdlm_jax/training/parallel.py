@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import numpy as np
@@ -12,9 +12,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from memdlm_jax.training import flops, step
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import Metrics, StepSetup, Sums
-from memdlm_jax.typing import Batch, Key, Theta
+from memdlm_jax.typing import Batch, Denoiser, Key, Theta
 
 AXIS = "batch"
+
+
+@runtime_checkable
+class Configurable(Denoiser, Protocol):
+    """A denoiser that says what its backward pass computes again."""
+
+    def with_config(self, **changes: Any) -> Self:
+        """The same model with some settings changed."""
+        ...
 
 
 def most_targets(batch: Batch) -> int:
@@ -77,13 +86,17 @@ class CompiledSteps:
         """Matrix-product FLOPs of one step on this batch, and the inner loop's share of them.
 
         Counted on the traced step (see ``flops``) of one device that holds the whole batch, the
-        memory-off loss left out. The share is 1 - plain / with memory, where plain is the same
-        step with ``memory = None``. Traced once per batch shape.
+        memory-off loss and what remat computes again left out: model FLOPs. The share is
+        1 - plain / with memory, where plain is the same step with ``memory = None``. Traced once
+        per batch shape.
         """
         shape = batch.tokens.shape
         if shape not in self._flops:
             start = time.monotonic()
             setup = dataclasses.replace(self._setup_for(shape[1]), axis_name=None)
+            if isinstance(setup.denoiser, Configurable):
+                denoiser = setup.denoiser.with_config(remat="none", vocab_chunk=0)
+                setup = dataclasses.replace(setup, denoiser=denoiser)
             plain = _count(dataclasses.replace(setup, memory=None), state, self._frozen, batch)
             full = plain if setup.memory is None else _count(setup, state, self._frozen, batch)
             self._flops[shape] = full, 1 - plain / full if full else 0.0

@@ -10,6 +10,23 @@ from memdlm_jax.training.parallel import CompiledSteps
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.typing import Batch
 
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+"""Dense bfloat16 FLOPs a second that makers publish, by the start of ``device_kind``."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """What a device can do in a second; ``None`` if nobody says."""
+    fitting = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
+
 
 class Speed:
     """Tokens and matrix-product FLOPs per second between reports.
@@ -17,9 +34,11 @@ class Speed:
     Compilation, validation and saving do not count.
     """
 
-    def __init__(self, steps: CompiledSteps):
-        """Start the clock."""
+    def __init__(self, steps: CompiledSteps, peak: float = 0.0):
+        """Start the clock; ``peak`` FLOPs a second of one device, 0 to look it up."""
         self._steps = steps
+        devices = jax.local_devices()
+        self._peak = (peak or peak_flops(devices[0].device_kind) or 0.0) * len(devices)
         self.restart()
 
     def restart(self) -> None:
@@ -37,15 +56,19 @@ class Speed:
         """Rates since the last restart; call it when the device is done.
 
         ``inner_flops_share`` is the inner loop's share of the matrix products of the newest step,
-        see ``CompiledSteps.inner_loop_share``.
+        see ``CompiledSteps.inner_loop_share``; ``model_flop_utilisation`` is the rate of model
+        FLOPs over the peak of the devices, where that is known.
         """
         compiling = self._steps.compile_seconds - self._compiled
         seconds = max(time.monotonic() - self._start - compiling, 1e-9)
-        return {
+        rates = {
             "speed/tokens_per_second": self._tokens / seconds,
             "speed/matmul_flops_per_second": self._flops / seconds,
             "speed/inner_flops_share": self._share,
         }
+        if self._peak:
+            rates["speed/model_flop_utilisation"] = self._flops / seconds / self._peak
+        return rates
 
 
 class Trace(contextlib.AbstractContextManager):

@@ -1,11 +1,15 @@
 """The FLOP count of a traced program, against hand counts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import pytest
 
 from memdlm_jax.models.grouped import grouped_matmul, grouped_outer
 from memdlm_jax.training.flops import matmul_flops
 from memdlm_jax.training.parallel import CompiledSteps
+from memdlm_jax.training.speed import Speed, peak_flops
 from tests.training import tiny
 
 
@@ -59,6 +63,32 @@ def test_a_grouped_product_counts_each_row_once():
         return grouped_outer(x, y, jnp.zeros(6, int), num_groups=3)
 
     assert matmul_flops(outer, x, jnp.ones((6, 5))) == 2 * 6 * 4 * 5
+
+
+def test_utilisation_is_of_the_devices_peak():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12
+    assert peak_flops("cpu") is None
+    steps = CompiledSteps(tiny.setup(), lambda length: length)
+    for peak in (0.0, 1e9):
+        speed = Speed(steps, peak)
+        speed.count(tiny.fresh_state(), tiny.batch(rows=2, length=8))
+        rates = speed.since_last_report()
+        assert ("speed/model_flop_utilisation" in rates) == (peak > 0)
+    devices = len(jax.local_devices())
+    expected = rates["speed/matmul_flops_per_second"] / 1e9 / devices
+    assert rates["speed/model_flop_utilisation"] == pytest.approx(expected)
+
+
+def test_model_flops_leave_out_what_remat_computes_again():
+    setup = tiny.setup(tiny.MEMORY)
+    again = setup.denoiser.with_config(remat="full", vocab_chunk=7)
+    found = [
+        CompiledSteps(dataclasses.replace(setup, denoiser=d), lambda length: length)
+        .inner_loop_share(tiny.fresh_state(), tiny.batch(rows=2, length=8))
+        for d in (setup.denoiser, again)
+    ]  # fmt: skip
+    assert found[0] == found[1]
 
 
 def test_the_plain_step_is_three_times_its_forward_products():
