@@ -10,7 +10,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart --config=experiments/configs/quickstart.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/pip install --progress-bar off -c constraints.txt -e '.[dev]'

@@ -1,0 +1,82 @@
+"""Write docs/performance.md from the JSON files of the other benchmarks.
+
+    python -m benchmarks.report STEP.json [DECODE.json ...] > docs/performance.md
+
+Takes what ``benchmarks.step --json`` and ``benchmarks.decode --json`` wrote; nothing in the page is
+written by hand.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import _timing
+
+HEAD = """# Performance
+Written by `python -m benchmarks.report` from measurements; what a step costs by count stands in
+[cost](cost.md), how to decode fast in [decoding](decoding.md). Ratios are of times taken in turn in
+one run: median (least .. most)."""
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """Where a file was measured."""
+    where = found["machine"]
+    return f"{where['device']}, {where['cores']} cores, jax {where['jax']}"
+
+
+def step_tables(found: Mapping[str, Any]) -> Iterator[str]:
+    """One table for each shape of ``benchmarks.step``."""
+    for shape, rows in found["shapes"].items():
+        yield f"\n## Training step, shape {shape}\n{machine(found)}.\n"
+        yield "| | time, mdlm = 1 | ms | FLOPs, mdlm = 1 | temporary memory, mdlm = 1 | MiB |"
+        yield "|---|---|---|---|---|---|"
+        for name, row in rows.items():
+            time, ms = "", ""
+            if "seconds" in row:
+                time = _timing.shown(row["time ratio"])
+                ms = f"{1000 * float(np.median(row['seconds'])):.0f}"
+            yield (
+                f"| {name} | {time} | {ms} | {row['flops ratio']:.2f} | "
+                f"{row['memory ratio']:.2f} | {row['temporary bytes'] / 2**20:.0f} |"
+            )
+
+
+def decode_tables(found: Mapping[str, Any]) -> Iterator[str]:
+    """Speed and batching of ``benchmarks.decode``."""
+    for kind, rows in found.get("speed", {}).items():
+        yield f"\n## Decoding 256 tokens, {kind}\n{machine(found)}; {found['options']['model']}.\n"
+        yield "| | passes a token | of them whole | tokens/s | faster than plain | same tokens |"
+        yield "|---|---|---|---|---|---|"
+        for name, row in rows.items():
+            yield (
+                f"| {name} | {row['passes per token']:.3f} | {row['of them whole']:.3f} | "
+                f"{row['tokens per second']:.0f} | {_timing.shown(row['speed-up'])} | "
+                f"{row['same tokens']:.1%} |"
+            )
+    if batch := found.get("batch"):
+        yield f"\n## Sixteen prompts in one batch against sixteen calls\n{machine(found)}.\n"
+        yield "| | faster |\n|---|---|"
+        for name, row in batch.items():
+            yield f"| {name} | {_timing.shown(row['speed-up'])} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("files", nargs="+", help="JSON files of the other benchmarks")
+    options = parser.parse_args(arguments)
+    lines = [HEAD]
+    for file in options.files:
+        found = json.loads(Path(file).read_text())
+        if "machine" not in found:
+            parser.error(f"{file} was not written by a benchmark's --json")
+        lines += step_tables(found) if "shapes" in found else decode_tables(found)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
