@@ -69,11 +69,11 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         try:
             return flags.FLAGS(arguments)
         except flags.Error as error:
+            said = str(error)
             # What a config file raises comes as the text of a traceback, which ends with it.
-            if "parsing config file" in str(error):
-                said = str(error).strip().splitlines()[-1]
-                sys.exit(f"error: {said.split(': ', 1)[-1].strip()}")
-        return app.parse_flags_with_usage(arguments)
+            if "parsing config file" in said:
+                said = said.strip().splitlines()[-1].split(": ", 1)[-1].strip()
+            sys.exit(f"error: {said}")
 
 
 def _overriding() -> contextlib.AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from experiments import _memory, _model
+from experiments import _memory, _model, _stages
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.text import Split
 from memdlm_jax.data.tokenizer import Tokenizer
@@ -15,6 +15,9 @@ from memdlm_jax.evaluation.retrieval import RetrievalConfig
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.evaluation.tasks import TaskSuite
 from memdlm_jax.memory.config import MemoryConfig
+
+ONE_BY_ONE = DecodeConfig(length=1, block_length=1)
+"""From left to right, see ``needles.left_to_right``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +55,15 @@ class EvaluateConfig:
     Attributes:
         output: folder of ``results.json``, ``report.html`` and ``answers.jsonl``.
         memory: how ``memdlm`` writes prompts; from the command line, as in its training.
-        decode: sampler of the answers to needles and tasks.
+        decode: sampler of the needle answers.
+        task_decode: sampler of the answers to tasks; each task has a ``length`` of its own.
         reply: sampler of the replies to held-out conversations.
         held_out: those conversations.
         mdlm: model folder trained without memory, or empty.
         memdlm: model folder trained with memory, or empty.
         needles: cells of the needle comparison; ``None`` leaves it out.
         likelihood: held-out loss; ``None`` leaves it out.
-        tasks: cells of the benchmark tasks; ``None`` leaves them out. Their answers are decoded
-            like those of the needles, with the task's own ``length``.
+        tasks: cells of the benchmark tasks; ``None`` leaves them out.
         exposure: exposure bias on the held-out conversations; ``None`` leaves it out.
         retrieval: the probe of what memory alone knows; ``None`` leaves it out.
         haystack: folder of text for the haystacks; empty takes the chitchat corpus.
@@ -79,6 +82,7 @@ class EvaluateConfig:
     decode: DecodeConfig
     reply: DecodeConfig
     held_out: HeldOutConfig
+    task_decode: DecodeConfig = ONE_BY_ONE
     mdlm: str = ""
     memdlm: str = ""
     needles: NeedleSuite | None = None
@@ -117,7 +121,8 @@ class Loaded:
         systems: of the given folders.
         tokenizer: theirs.
         max_length: longest canvas in tokens.
-        weights: system -> digest of its weights, those of a learned inner loop included.
+        weights: system -> digest of its weights and of how they are held, those of a learned inner
+            loop included.
     """
 
     systems: list[System]
@@ -141,7 +146,9 @@ def load(config: EvaluateConfig) -> Loaded:
         under = config.under if hugging_face.is_adapter(folder) else ""
         denoiser, theta, tokenizer = _model.load(folder, config.dtype, config.base, under)
         tokenizers[tokenizer.digest()] = tokenizer
-        digest = hugging_face.weights_digest(folder, under or None)
+        # What is read, and how it is held and computed.
+        held = [dataclasses.asdict(denoiser.config), config.dtype, config.base]
+        digest = _stages.digest([hugging_face.weights_digest(folder, under or None), held])
         weights |= dict.fromkeys((name, "memdlm_train_only")[: 1 + (name == "memdlm")], digest)
         models.append(denoiser.config)
         if name == "mdlm":
@@ -151,7 +158,7 @@ def load(config: EvaluateConfig) -> Loaded:
             inner = _memory.inner_parameters(folder, denoiser, config.memory)
             systems.append(System("memdlm", denoiser, theta, config.memory, inner))
             if inner is not None:
-                weights["memdlm"] += _memory.inner_digest(folder)
+                weights["memdlm"] += _memory.inner_digest(folder)[:12]
     if config.under and not any(map(hugging_face.is_adapter, (config.mdlm, config.memdlm))):
         raise ValueError(f"under={config.under!r} must be empty: no folder holds an adapter")
     if not systems:

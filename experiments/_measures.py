@@ -15,6 +15,7 @@ from experiments._evaluation import EvaluateConfig, Loaded
 from memdlm_jax.data import sources
 from memdlm_jax.data.needles import Episode, string_match_all
 from memdlm_jax.data.sft import Row
+from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import (
     asking,
     comparison,
@@ -28,7 +29,7 @@ from memdlm_jax.evaluation.asking import Answers, Asked
 from memdlm_jax.evaluation.needles import Answerer, NeedleSuite
 from memdlm_jax.evaluation.samples import sample_replies
 from memdlm_jax.evaluation.systems import System
-from memdlm_jax.evaluation.tasks import Cell, TaskSuite
+from memdlm_jax.evaluation.tasks import Cell
 
 
 def haystack(config: EvaluateConfig) -> list[str]:
@@ -61,16 +62,18 @@ def ask_needles(
     with progress(total, "needles") as report:
 
         def answerer(system: System) -> Answerer:
+            cells = iter(suite.cells)  # Asked in this order, each once.
+
             def answer(episodes: Sequence[Episode]) -> list[str]:
                 def score(i: int, reply: str) -> dict[str, Any]:
                     values = episodes[i].values
                     found = {"score": string_match_all(reply, values)}
                     return {"scores": found, "references": values, "depth": episodes[i].depth}
 
+                cell = next(cells)
+                facts = {"task": "needles", "length": cell.length, "num_keys": cell.num_keys}
                 examples = [e.example(f"needle {i}") for i, e in enumerate(episodes)]
-                rows = asking.ask(
-                    asked, system, {"task": "needles"}, examples, score, answers, report
-                )
+                rows = asking.ask(asked, system, facts, examples, score, answers, report)
                 return [row["reply"] for row in rows]
 
             return answer
@@ -82,30 +85,38 @@ def ask_needles(
     return {"needles": found}
 
 
-def check_tasks(suite: TaskSuite, max_length: int) -> None:
-    """Refuse lengths that no system can read, before questions are made."""
-    if max(suite.lengths) > max_length:
+def make_tasks(config: EvaluateConfig, loaded: Loaded) -> list[tuple[Cell, DecodeConfig]]:
+    """The questions of the benchmark tasks, each cell with the sampler of its answers.
+
+    Raises:
+        ValueError: a task does not fit its length, a length the models, or the sampler a task's
+            answers.
+        FileNotFoundError: a file of questions is not there.
+    """
+    suite = config.tasks
+    assert suite is not None
+    if max(suite.lengths) > loaded.max_length:
         raise ValueError(
-            f"tasks.lengths has {max(suite.lengths)}: it must be at most {max_length}, the longest "
-            "canvas (max_length, or what the models are meant for)"
+            f"tasks.lengths has {max(suite.lengths)}: it must be at most {loaded.max_length}, the "
+            "longest canvas (max_length, or what the models are meant for)"
         )
+    made = tasks.cells(suite, loaded.tokenizer, haystack(config))
+    return [
+        (cell, dataclasses.replace(config.task_decode, length=cell.answer_tokens)) for cell in made
+    ]
 
 
 def ask_tasks(
-    config: EvaluateConfig, loaded: Loaded, suite: TaskSuite, answers: Answers
+    config: EvaluateConfig,
+    loaded: Loaded,
+    made: Sequence[tuple[Cell, DecodeConfig]],
+    answers: Answers,
 ) -> dict[str, Any]:
-    """Scores of every system on the benchmark tasks.
-
-    Raises:
-        ValueError: a task does not fit its length, or the sampler the answers of a task.
-    """
-    made = list(tasks.cells(suite, loaded.tokenizer, haystack(config)))
-    samplers = [
-        dataclasses.replace(config.decode, length=cell.answer_tokens) for cell in made
-    ]  # All before the first question is asked: what does not fit is known at once.
-    found = []
+    """Scores of every system on the benchmark tasks."""
+    suite, found = config.tasks, []
+    assert suite is not None
     with progress(len(made) * suite.samples * len(loaded.systems), "tasks") as report:
-        for cell, sampler in zip(made, samplers, strict=True):
+        for cell, sampler in made:
             asked = Asked(
                 loaded.tokenizer, sampler, loaded.max_length, config.batch_size, cell.seed,
                 loaded.weights,
@@ -216,15 +227,21 @@ def probe_retrieval(config: EvaluateConfig, loaded: Loaded) -> dict[str, Any]:
 
 def remembered(
     config: EvaluateConfig, loaded: Loaded, name: str, compute: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """A part that asks no questions one by one: computed once for these settings and weights."""
+) -> _stages.Stage:
+    """A part that asks no questions one by one: computed once for these settings and weights.
+
+    Returns:
+        (its results, the seconds it took when it was computed).
+    """
     settings = dataclasses.asdict(config)
-    for unread in ("output", "mdlm", "memdlm", "under", "needles", "tasks"):
+    if config.haystack and config.retrieval:
+        settings["haystack"] = _stages.digest(haystack(config))
+    for unread in ("output", "mdlm", "memdlm", "under", "needles", "tasks", "task_decode"):
         settings.pop(unread)
     if config.held_out.path:
         settings["held_out"]["path"] = _content(config.held_out.path)
     key = _stages.digest([settings, loaded.weights, loaded.tokenizer.digest()])
-    return _stages.stage(Path(config.output) / "parts" / f"{name}-{key}.json", compute)[0]
+    return _stages.stage(Path(config.output) / "parts" / f"{name}-{key}.json", compute)
 
 
 def _content(path: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,9 @@ Stage = tuple[Any, float]
 def stage(path: Path, compute: Callable[[], Any]) -> Stage:
     """Compute a stage and note it in ``path``, or read back that note."""
     if path.exists():
-        print(f"done before: {path}", flush=True)
+        print(f"done before: {path}", file=sys.stderr, flush=True)
     else:
-        print(f"working on {path} ...", flush=True)
+        print(f"working on {path} ...", file=sys.stderr, flush=True)
         start = time.monotonic()
         done = {"result": compute(), "seconds": time.monotonic() - start}
         path.parent.mkdir(parents=True, exist_ok=True)

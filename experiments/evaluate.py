@@ -39,10 +39,20 @@ def from_config_dict(config: config_dict.ConfigDict) -> EvaluateConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = without_disabled(config.to_dict())
+    if "task_decode" in settings:
+        settings["task_decode"] = any_length(settings["task_decode"])
     _model.resolve(settings, "mdlm", "memdlm", "under")
     changed, folder = settings.get("memory") or {}, settings.get("memdlm") or ""
     settings["memory"] = _memory.settings(folder, changed)
     return _cli.build(EvaluateConfig, settings)
+
+
+def any_length(sampler: dict[str, Any]) -> dict[str, Any]:
+    """A sampler whose length is still to be set, with one that its blocks and steps allow."""
+    if "length" in sampler:
+        raise KeyError("config.task_decode.length is no setting: each task has its own")
+    blocks, steps = sampler.get("block_length") or 1, sampler.get("steps") or 1
+    return sampler | {"length": int(blocks) * int(steps)}
 
 
 def without_disabled(settings: dict[str, Any]) -> dict[str, Any]:
@@ -88,14 +98,14 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
 
     def once(name: str, compute: Callable[[EvaluateConfig, Loaded], dict[str, Any]]) -> None:
         work = functools.partial(compute, config, loaded)
-        part(name, lambda: _measures.remembered(config, loaded, name, work))
+        found, seconds[name] = _measures.remembered(config, loaded, name, work)
+        results.update(found)
 
-    if config.tasks:
-        _measures.check_tasks(config.tasks, loaded.max_length)
+    made = _measures.make_tasks(config, loaded) if config.tasks else ()
     if suite := config.needles:
         part("needles", lambda: _measures.ask_needles(config, loaded, suite, answers))
-    if cells := config.tasks:
-        part("tasks", lambda: _measures.ask_tasks(config, loaded, cells, answers))
+    if config.tasks:
+        part("tasks", lambda: _measures.ask_tasks(config, loaded, made, answers))
     if reading:
         once("held-out", _measures.read_held_out)
     if config.retrieval:
@@ -135,7 +145,8 @@ def table(results: Mapping[str, Any]) -> str:
                 if kind != "by_depth":
                     floor = cell["floors"].get(kind)
                     lines.append(
-                        f"{cell['task']:<16} {cell['length']:>6} tokens n={cell['n']:<5} "
+                        f"{cell['task']:<16} {cell['length']:>6} tokens seed {cell['seed']:<3} "
+                        f"n={cell['n']:<5} "
                         f"{name:<18} {kind:<8} {report.percent(score['mean']):>5} %  "
                         f"({report.interval(score['interval'])}; chance {report.percent(floor)})"
                     )

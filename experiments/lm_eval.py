@@ -204,8 +204,8 @@ class MemDLM(HarnessModel):
 def with_options(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """``--model_args`` with the harness's ``--batch_size``, ``--device`` and ``--max_batch_size``.
 
-    Where they are not given the harness says batch size 1 and device ``cuda:0``: the latter is not
-    read, and ``batch_size`` of the arguments goes before the former.
+    Where they are not given the harness says batch size 1 and device ``cuda:0``: neither is read.
+    One row at a time is ``batch_size=1`` of the arguments.
 
     Raises:
         ValueError: an option has no meaning here, or says something else than the arguments.
@@ -223,8 +223,10 @@ def with_options(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> di
         return dict(arguments)
     if not str(size).isdecimal():
         raise ValueError(f"--batch_size {size} must be a whole number")
+    if int(size) == 1:
+        return dict(arguments)
     given = arguments.get("batch_size", int(size))
-    if int(size) not in (1, given):
+    if int(size) != given:
         raise ValueError(f"--batch_size {size} and batch_size={given} of model_args differ")
     return {**arguments, "batch_size": given}
 

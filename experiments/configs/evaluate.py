@@ -49,6 +49,9 @@ def get_config() -> config_dict.ConfigDict:
     # From left to right: with a window longer than the answers of training, a model tends to put
     # the end of the answer into the last columns first, and then ends before the value.
     config.decode = _decode.settings(length=4, block_length=1, steps=0)
+    # The length of an answer is the task's.
+    config.task_decode = _decode.settings(block_length=1, steps=0)
+    del config.task_decode.length
     config.reply = _decode.settings(length=32, block_length=8, steps=0)
 
     config.likelihood = config_dict.ConfigDict()

@@ -21,7 +21,7 @@ Report = Callable[[int], None]
 
 
 class Answers:
-    """Replies in a file of JSON lines, each with the digest of all that it depends on.
+    """Replies in a file of JSON lines, each with a key: the digest of all that it depends on.
 
     A line that a killed program left unfinished is taken off the end of the file.
 
@@ -36,7 +36,7 @@ class Answers:
             ValueError: a line is not one of ours; names it.
         """
         self.path = None if path is None else Path(path)
-        self._found: dict[str, dict[int, dict[str, Any]]] = {}
+        self._found: dict[str, dict[str, Any]] = {}
         if self.path is None or not self.path.exists():
             return
         data = self.path.read_bytes()
@@ -44,7 +44,7 @@ class Answers:
         for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
             try:
                 record = json.loads(line)
-                self._found.setdefault(record["key"], {})[record["index"]] = record
+                self._found[record["key"]] = record | {"reply": record["reply"]}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.path}:{number} is no answer that was written here: {error!r}; remove "
@@ -53,16 +53,19 @@ class Answers:
         if len(whole) < len(data):
             self.path.write_bytes(whole)
 
-    def of(self, key: str) -> dict[int, dict[str, Any]]:
-        """The records of one key by number of the question."""
-        return self._found.get(key, {})
+    def __contains__(self, key: str) -> bool:
+        """Whether there is a record of this key."""
+        return key in self._found
 
-    def add(self, key: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Append records, each with its ``index``."""
-        lines = [json.dumps({"key": key} | dict(each), allow_nan=False) for each in records]
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        """The record of this key, the newest if there are several."""
+        return self._found[key]
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append records, each with its ``key``."""
+        lines = [json.dumps(dict(record), allow_nan=False) for record in records]
         # As they will be read back.
-        found = {record["index"]: record for record in map(json.loads, lines)}
-        self._found.setdefault(key, {}).update(found)
+        self._found.update({record["key"]: record for record in map(json.loads, lines)})
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -79,7 +82,7 @@ class Asked:
         max_length: longest canvas in tokens.
         batch_size: rows decoded at a time.
         seed: of memory and sampling noise.
-        weights: system -> digest of its weights.
+        weights: system -> digest of its weights and of how they are held.
     """
 
     tokenizer: Tokenizer
@@ -89,11 +92,12 @@ class Asked:
     seed: int
     weights: Mapping[str, str]
 
-    def key(self, system: System, cell: Mapping[str, Any], prompts: Sequence[Sequence[int]]) -> str:
-        """Digest of all that the replies of a system to these prompts depend on."""
+    def keys(
+        self, system: System, cell: Mapping[str, Any], prompts: Sequence[Sequence[int]]
+    ) -> list[str]:
+        """For each prompt the digest of all that a system's reply to it depends on."""
         facts = {
             "cell": dict(cell),
-            "prompts": [list(prompt) for prompt in prompts],
             "system": system.name,
             "weights": self.weights[system.name],
             "memory": None if system.memory is None else dataclasses.asdict(system.memory),
@@ -102,8 +106,13 @@ class Asked:
             "max_length": self.max_length,
             "seed": self.seed,
         }
-        text = json.dumps(facts, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        common = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        found = []
+        for number, prompt in enumerate(prompts):
+            own = common.copy()
+            own.update(json.dumps([number, list(prompt)]).encode())
+            found.append(own.hexdigest()[:16])
+        return found
 
 
 def ask(
@@ -119,7 +128,7 @@ def ask(
     """The records of all questions, in order; those of ``answers`` are not asked again.
 
     A reply depends on its question and its number alone: batches that were cut off and taken up
-    again say what they would have said.
+    again say what they would have said. Scores are taken anew from replies that were read back.
 
     Args:
         asked: how.
@@ -133,7 +142,8 @@ def ask(
 
     Returns:
         A record of each: ``index``, ``prompt`` (chat template spelled out), ``reply``, ``tokens``
-        and ``steps`` of it, with the fields of ``cell`` and of its score.
+        and ``steps`` of it, ``system`` and ``weights``, with the fields of ``cell`` and of its
+        score.
 
     Raises:
         ValueError: a prompt does not fit, with its number.
@@ -147,8 +157,8 @@ def ask(
             prompts.append(prompt_ids(tokenizer, example, limit))
         except ValueError as error:
             raise ValueError(f"question {number} of {dict(cell)}: {error}") from error
-    key = asked.key(system, cell, prompts)
-    missing = [i for i in range(len(examples)) if i not in answers.of(key)]
+    keys = asked.keys(system, cell, prompts)
+    missing = [i for i, key in enumerate(keys) if key not in answers]
     report(len(examples) - len(missing))
     if missing:
         config = system_replies.stopping(asked.config, tokenizer)
@@ -163,7 +173,7 @@ def ask(
             replies = system_replies.replies(tokenizer, decoded, config.stop)
             rows = missing[at : at + len(replies.texts)]
             records = [
-                {"system": system.name}
+                {"key": keys[i], "system": system.name, "weights": asked.weights[system.name]}
                 | dict(cell)
                 | {
                     "index": i,
@@ -177,7 +187,8 @@ def ask(
                     rows, replies.texts, replies.lengths, np.asarray(decoded.steps), strict=True
                 )
             ]
-            answers.add(key, records)
+            answers.add(records)
             report(len(rows))
             at += len(rows)
-    return [answers.of(key)[i] for i in range(len(examples))]
+    found = [answers[key] for key in keys]
+    return [record | dict(score(i, record["reply"])) for i, record in enumerate(found)]

@@ -21,9 +21,9 @@ def cell_results(cell: Cell, records: Records) -> dict[str, Any]:
     """What the systems scored in a cell, JSON-ready.
 
     Returns:
-        ``{"task", "length", "seed", "n", "is_standard", "answer_tokens", "floors", "systems",
-        "samples"}``; of every system ``{score: {"n", "mean", "interval"}}`` and, where all
-        questions ask for one place, ``"by_depth"`` with the task's own score in parts of the
+        ``{"task", "length", "seed", "n", "is_standard", "changes", "answer_tokens", "floors",
+        "systems", "samples"}``; of every system ``{score: {"n", "mean", "interval"}}`` and, where
+        all questions ask for one place, ``"by_depth"`` with the task's own score in parts of the
         context. Intervals are 95 %, by bootstrap over questions.
     """
     firsts = zip(cell.questions, next(iter(records.values())), strict=True)
@@ -33,6 +33,7 @@ def cell_results(cell: Cell, records: Records) -> dict[str, Any]:
         "seed": cell.seed,
         "n": len(cell.questions),
         "is_standard": cell.is_standard,
+        "changes": cell.changes,
         "answer_tokens": cell.answer_tokens,
         "floors": cell.floors,
         "systems": {name: _system(cell, rows) for name, rows in records.items()},
@@ -79,30 +80,46 @@ def scores(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 def comparisons(cells: Sequence[tuple[Cell, Records]]) -> list[dict[str, Any]]:
     """Paired comparisons of every two systems: over all cells, and over those of each task.
 
-    Every cell asks other questions, so that those of several can be pooled; the score is each
-    task's own.
+    The score is each task's own. A question that several cells ask (``Question.same``) counts once,
+    with its mean score: otherwise it would be taken for several independent ones.
 
     Returns:
         JSON-ready ``[{"task", "first", "second", "n", "difference", "interval", "p_value",
-        "p_adjusted"}]``; ``task`` is empty for all. p-values are adjusted by Holm among all of one
-        task, and among those over all cells.
+        "p_adjusted"}]``; ``task`` is empty for all, ``n`` counts different questions. p-values are
+        adjusted by Holm among those of all single tasks, and among those over all cells.
     """
     names = list(cells[0][1])
+    pairs = list(itertools.combinations(names, 2))
     tasks = list(dict.fromkeys(cell.task for cell, _ in cells))
-    found = []
-    for task in ["", *tasks] if len(tasks) > 1 else [""]:
+    whole = _family([""], pairs, cells)
+    return whole + (_family(tasks, pairs, cells) if len(tasks) > 1 else [])
+
+
+def _family(
+    tasks: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    cells: Sequence[tuple[Cell, Records]],
+) -> list[dict[str, Any]]:
+    """Comparisons whose p-values are adjusted together."""
+    tests = []
+    for task, (a, b) in itertools.product(tasks, pairs):
         chosen = [(cell, records) for cell, records in cells if task in ("", cell.task)]
-        pooled = {
-            name: np.concatenate([scores(r[name], c.score_names[0]) for c, r in chosen])
-            for name in names
-        }
-        pairs = list(itertools.combinations(names, 2))
-        tests = [statistics.paired_means(pooled[a], pooled[b]) for a, b in pairs]
-        adjusted = statistics.holm([test.p_value for test in tests])
-        found += [
-            {"task": task, "first": a, "second": b}
-            | dataclasses.asdict(test)
-            | {"interval": list(test.interval), "p_adjusted": p}
-            for (a, b), test, p in zip(pairs, tests, adjusted, strict=True)
-        ]
-    return found
+        first, second = (_by_question([(c, r[name]) for c, r in chosen]) for name in (a, b))
+        tests.append((task, a, b, statistics.paired_means(first, second)))
+    adjusted = statistics.holm([test.p_value for *_, test in tests])
+    return [
+        {"task": task, "first": a, "second": b}
+        | dataclasses.asdict(test)
+        | {"interval": list(test.interval), "p_adjusted": p}
+        for (task, a, b, test), p in zip(tests, adjusted, strict=True)
+    ]
+
+
+def _by_question(cells: Sequence[tuple[Cell, Sequence[Mapping[str, Any]]]]) -> list[float]:
+    """Mean own score of each different question."""
+    found: dict[str, list[float]] = {}
+    for cell, rows in cells:
+        own = scores(rows, cell.score_names[0])
+        for question, value in zip(cell.questions, own, strict=True):
+            found.setdefault(question.same, []).append(float(value))
+    return [sum(values) / len(values) for values in found.values()]

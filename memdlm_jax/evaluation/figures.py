@@ -60,8 +60,8 @@ def scores_by_length(cells: Sequence[Mapping[str, Any]]) -> str:
     """Draw the tasks' own scores against length: one panel per task, one line per system.
 
     Args:
-        cells: of ``comparison.cell_results``. Seeds of one length are averaged, and so are the ends
-            of their intervals.
+        cells: of ``comparison.cell_results``. Seeds of one length are averaged; the bar of their
+            mean is that of one seed over the root of their number.
 
     Returns:
         A data URI of a PNG image.
@@ -84,9 +84,10 @@ def scores_by_length(cells: Sequence[Mapping[str, Any]]) -> str:
             ]
             means = [_average(r["mean"] for r in row) for row in rows]
             low, high = ([_average(r["interval"][i] for r in row) for row in rows] for i in (0, 1))
+            roots = [len(row) ** 0.5 for row in rows]
             bars = [
-                [m - a for m, a in zip(means, low, strict=True)],
-                [b - m for m, b in zip(means, high, strict=True)],
+                [(m - a) / n for m, a, n in zip(means, low, roots, strict=True)],
+                [(b - m) / n for m, b, n in zip(means, high, roots, strict=True)],
             ]
             # A little apart, so that equal scores show.
             at = [place + 0.06 * (index - 1) for place in places]

@@ -26,7 +26,8 @@ def write(folder: str | Path, results: Mapping[str, Any]) -> Path:
         results: JSON-ready. ``title`` and ``run`` (``command``, ``config``, ``versions``,
             ``seconds`` by stage, ``notes``) are always shown; shown where present are ``needles``
             (``needles.evaluate``), ``tasks`` (``cells`` of ``comparison.cell_results`` and
-            ``comparisons``), ``likelihood`` (``likelihood.evaluate``), ``curves`` (run ->
+            ``comparisons``), ``exposure`` (``exposure_bias.evaluate``), ``retrieval``
+            (``retrieval.evaluate``), ``likelihood`` (``likelihood.evaluate``), ``curves`` (run ->
             ``figures.read_curve``), ``samples`` (``samples.sample_replies``) and ``history``
             (``samples.denoising_history``).
     """
@@ -173,7 +174,7 @@ def _task_sentence(c: Mapping[str, Any]) -> str:
     where = c["task"] or "All tasks"
     numbers = (
         f"{signed(c['difference'])} points, 95 % interval {interval(c['interval'])}, n = {c['n']}; "
-        f"sign-flip p {_equals(c['p_value'])}, {_equals(c['p_adjusted'])} adjusted"
+        f"paired p {_equals(c['p_value'])}, {_equals(c['p_adjusted'])} adjusted"
     )
     if c["p_adjusted"] >= LEVEL:
         return (

@@ -35,7 +35,7 @@ class Variant:
     """Changes to the definitions, for small models; ``None`` is the definition's value.
 
     A change holds for the tasks that have the setting; results of a changed task are labelled
-    (``Cell.is_standard``).
+    (``Cell.is_standard``) and say which (``Cell.changes``).
 
     Attributes:
         max_new_tokens: tokens that an answer may have, of every task.
@@ -113,13 +113,6 @@ class TaskSuite:
             for value in getattr(self, field):
                 check_at_least(f"tasks.{field}", value, least)
         check_at_least("tasks.samples", self.samples, 2)
-        unused = {k for k, v in dataclasses.asdict(self.variant).items() if v is not None}
-        unused -= {k for name in self.names for k in self.variant.of(name)}
-        if unused:
-            raise ValueError(
-                f"tasks.variant.{min(unused)}={getattr(self.variant, min(unused))!r} is a setting "
-                f"of none of {', '.join(self.names)}"
-            )
         if self.depths and not any(name.startswith("niah") for name in self.names):
             raise ValueError(f"tasks.depths={self.depths} must be empty: no task has needles")
         for field, tasks in (
@@ -144,12 +137,15 @@ class Question:
         references: what the score looks for.
         depth: where what is asked for stands in the context, in [0, 1]; ``None`` if that is not one
             place.
+        same: what it asks: equal for questions of several cells that differ in their filler alone,
+            or that come from one line of a file.
     """
 
     index: int
     example: Example
     references: tuple[str, ...]
     depth: float | None
+    same: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +161,7 @@ class Cell:
         floors: score -> what an answer scores that has understood nothing: naming things of the
             context at random, or always saying the same; without those that nobody knows.
         is_standard: whether it is the definition's task with the given text, not a variant.
+        changes: the settings that make it one.
         score: (index, reply) -> scores of a reply to a question, each in [0, 1]; the first one is
             the task's own.
     """
@@ -176,6 +173,7 @@ class Cell:
     answer_tokens: int
     floors: dict[str, float]
     is_standard: bool
+    changes: dict[str, Any]
     score: Callable[[int, str], dict[str, float]] = dataclasses.field(repr=False)
 
     @property
@@ -261,14 +259,18 @@ def _ruler_cell(
                 sample.example(f"{name} {length} {seed} {sample.index}"),
                 sample.references,
                 sample.depths[0] if name.startswith("niah") and len(sample.depths) == 1 else None,
+                # Questions of a file come again at other lengths and seeds.
+                f"{name} {sample.prompt.rsplit('Question:', 1)[-1]}"
+                if documents is not None
+                else f"{name} {length} {seed} {sample.index}",
             )
             for sample in samples
         ),
         answer_tokens=tasks[0].max_new_tokens,
         floors={"score": float(np.mean(floors))} if floors else {},
         # A fixed depth changes where, not what is asked.
-        is_standard=all(sample.is_standard for sample in samples)
-        or (bool(suite.depths) and not suite.variant.of(name)),
+        is_standard=task(tokens).is_standard and all(s.is_standard for s in samples if not depths),
+        changes=suite.variant.of(name),
         score=lambda index, reply: {"score": tasks[0].score(samples[index], reply)},
     )
 
@@ -298,26 +300,27 @@ def _babilong_cell(
                 f"{name} at {label} in {suite.babilong}"
             )
         order = np.random.default_rng(seed).permutation(len(rows))[: suite.samples]
-        samples = [rows[i] for i in order]
+        samples, asked = [rows[i] for i in order], [f"{name} line {i}" for i in order]
     else:
         if length:
             room = max(length - tokenizer.turn_tokens, 1)
             config = dataclasses.replace(config, length=room)
         task = BabilongTask(config, tokenizer, filler or ())
-        # An index tells one story at every length: cells that shared indices could not be pooled.
-        first = suite.lengths.index(length) * suite.samples
-        samples = [task.sample(first + i) for i in range(suite.samples)]
+        samples = [task.sample(index) for index in range(suite.samples)]
+        # One story at every length, unless it was too long for it.
+        asked = [f"{name} {seed} {sample.facts} {sample.question}" for sample in samples]
     floor = babilong.majority_floor(samples)[1]
     return Cell(
         task=name,
         length=length,
         seed=seed,
         questions=tuple(
-            Question(i, sample.example(f"{name} {length} {seed} {i}"), (sample.target,), None)
-            for i, sample in enumerate(samples)
+            Question(i, sample.example(f"{name} {length} {seed} {i}"), (sample.target,), None, same)
+            for i, (sample, same) in enumerate(zip(samples, asked, strict=True))
         ),
         answer_tokens=config.max_new_tokens,
         floors=dict.fromkeys(("contains", "strict"), floor),
         is_standard=config.is_standard,
+        changes=changes,
         score=lambda index, reply: babilong.score(samples[index], reply),
     )

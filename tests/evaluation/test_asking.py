@@ -45,7 +45,8 @@ def test_what_was_answered_is_not_asked_again(asked, systems, tmp_path, monkeypa
     path = tmp_path / "out" / "answers.jsonl"
     whole = ask(asked, systems[2], Answers(path))
     lines = path.read_text().splitlines()
-    assert [json.loads(line) for line in lines] == whole
+    assert [json.loads(line) | {"references": ("0",)} for line in lines[:1]] == whole[:1]
+    assert len({json.loads(line)["key"] for line in lines}) == 5
     # As if it had been killed while it wrote the third line.
     path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])
     told = []
@@ -70,10 +71,27 @@ def test_other_settings_are_other_answers(asked, systems, tmp_path):
         told = []
         ask(changed, system, Answers(path), EXAMPLES[:2], report=told.append)
         assert told[0] == 0
+    # A changed question alone is asked again, and more questions leave the others.
+    told = []
+    changed = [*EXAMPLES[:2], Example("a dog", "x", "2", "t"), EXAMPLES[3]]
+    ask(asked, systems[0], Answers(path), changed, report=told.append)
+    assert told == [3, 1]
     # A batch of another size asks the same.
     told = []
     ask(dataclasses.replace(asked, batch_size=3), systems[0], Answers(path), report=told.append)
     assert told == [5]
+
+
+def test_replies_that_are_read_back_are_scored_anew(asked, systems, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    ask(asked, systems[0], Answers(path))
+
+    def other(i, reply):
+        return {"scores": {"score": 0.25}, "references": ("new",)}
+
+    rows = asking.ask(asked, systems[0], CELL, EXAMPLES, other, Answers(path))
+    assert {row["scores"]["score"] for row in rows} == {0.25} and rows[0]["references"] == ("new",)
+    assert len(path.read_text().splitlines()) == 5
 
 
 def test_wrong_lines_and_prompts_are_named(asked, systems, tmp_path):

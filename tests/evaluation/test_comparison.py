@@ -6,12 +6,13 @@ from memdlm_jax.evaluation import comparison
 from memdlm_jax.evaluation.tasks import Cell, Question
 
 
-def cell(task, depths, **settings):
+def cell(task, depths, same="{} {}", **settings):
     questions = tuple(
-        Question(i, Example("a\nb?", "x", str(i), "t"), ("x",), depth)
+        Question(i, Example("a\nb?", "x", str(i), "t"), ("x",), depth, same.format(task, i))
         for i, depth in enumerate(depths)
     )
     fields = {"length": 64, "seed": 0, "answer_tokens": 8, "floors": {}, "is_standard": True}
+    fields["changes"] = {}
     return Cell(task, questions=questions, score=lambda i, reply: {}, **(fields | settings))
 
 
@@ -50,5 +51,24 @@ def test_comparisons_are_paired_and_adjusted():
     assert whole["n"] == 80 and needles["n"] == 40
     assert needles["difference"] == pytest.approx((better - first).mean())
     assert whole["difference"] == pytest.approx(needles["difference"] / 2)
-    assert needles["p_value"] < 0.01 and stories["p_value"] == 1 and stories["interval"] == [0, 0]
+    assert needles["p_value"] < 0.01 and stories["p_value"] == 1
+    assert stories["interval"][0] < 0 < stories["interval"][1], "no difference is no certainty"
+    # Of the tasks' two tests the smaller p-value counts twice.
+    assert needles["p_adjusted"] == pytest.approx(2 * needles["p_value"])
+    assert whole["p_adjusted"] == whole["p_value"]
     assert len(comparison.comparisons(cells[:1])) == 1
+
+
+def test_a_question_that_several_cells_ask_counts_once():
+    one = (cell("babilong_qa1", [None] * 6), {"a": rows([1, 0, 1, 0, 1, 1]), "b": rows([1] * 6)})
+    names = ("contains", "strict")
+    one[1].update(
+        {
+            k: [r | {"scores": dict.fromkeys(names, r["scores"]["score"])} for r in v]
+            for k, v in one[1].items()
+        }
+    )
+    alone, thrice = comparison.comparisons([one]), comparison.comparisons([one] * 3)
+    assert alone == thrice and alone[0]["n"] == 6
+    other = (cell("babilong_qa1", [None] * 6, same="other {} {}"), one[1])
+    assert comparison.comparisons([one, other])[0]["n"] == 12

@@ -147,7 +147,7 @@ def test_retrieval_is_judged_against_another_prompts_memory():
         both = {"difference": difference, "interval": [-0.1, 0.4], "p_adjusted": p}
         return {
             "condition": "removed", "first": first, "second": "on", "accuracy": both,
-            "at_once": both,
+            "at_once": both, "left_to_right": both,
         }  # fmt: skip
 
     part = {"uniform": 0.1} | {m: {"mean": [[0.2, 0.3], [0.4, 0.5]]} for m in ("off", "on")}

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _measures, evaluate, finetune, generate, quickstart
+from experiments import _evaluation, _measures, evaluate, finetune, generate, quickstart
 from experiments._evaluation import Loaded
 from experiments.configs import evaluate as evaluate_defaults
 from experiments.configs import generate as generate_defaults
@@ -166,6 +166,10 @@ def test_evaluate_asks_tasks_and_takes_up_where_it_stopped(model, tmp_path, smal
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["tasks"] == stored["tasks"]
     assert sorted((tmp_path / "answers.jsonl").read_text().splitlines()) == sorted(lines)
+    # Weights that are held in another way are another model.
+    held = dataclasses.replace(tasks_config(tmp_path, model), base="int8")
+    narrow = _evaluation.load(held)
+    assert set(narrow.weights.values()).isdisjoint({r["weights"] for r in records})
 
 
 def test_evaluate_names_tasks_that_do_not_fit(model, tmp_path, small_corpus):

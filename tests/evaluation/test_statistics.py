@@ -122,7 +122,10 @@ def test_sign_flips_of_zeros_and_ones_are_mcnemars_test(only_first, only_second)
     first = [1] * only_first + [0] * only_second + [1] * same
     second = [0] * only_first + [1] * only_second + [1] * same
     found, exact = statistics.paired_means(first, second), statistics.paired(first, second)
-    assert found.p_value == pytest.approx(exact.p_value)
+    assert found.p_value == pytest.approx(exact.p_value) and found.interval == exact.interval
+    # The same flips, drawn or counted, where scores are halves.
+    halves = statistics.paired_means(np.array(first) / 2, np.array(second) / 2)
+    assert halves.p_value == pytest.approx(exact.p_value)
     assert found.difference == pytest.approx(exact.difference)
 
 

@@ -94,6 +94,13 @@ def test_cells_are_a_pure_function_and_ask_different_questions(tokenizer, senten
     settings = {"lengths": (800, 900, 0), "seeds": (0, 1)}
     once, again = (made(tokenizer, sentences, *names, **settings) for _ in range(2))
     assert [c.questions for c in once] == [c.questions for c in again]
+    # BABILong tells one story at every length; nothing else comes twice.
+    same = [{q.same for q in cell.questions} for cell in once]
+    for (a, cell), (b, other) in itertools.combinations(enumerate(once), 2):
+        shared = cell.task == other.task == "babilong_qa1" and cell.seed == other.seed
+        assert bool(same[a] & same[b]) == shared
+    alone = made(tokenizer, sentences, *names, **(settings | {"lengths": (900,), "samples": 5}))
+    assert alone[2].questions[:4] == once[8].questions, "questions hang on nothing else"
     shape = [(cell.task, cell.length, cell.seed) for cell in once]
     assert shape == list(itertools.product(names, (800, 900, 0), (0, 1)))
     for name in names:
@@ -116,7 +123,10 @@ def test_depths_are_taken_in_turn(tokenizer, sentences):
     )
     for question, wanted in zip(cell.questions, (0, 0.5, 1) * 2, strict=True):
         assert question.depth == pytest.approx(wanted, abs=0.06)
-    assert cell.is_standard
+    assert cell.is_standard and not cell.changes
+    both = ("niah_single_2", "ruler_qa_squad")
+    _, local = made(tokenizer, sentences, *both, depths=(5.0,), lengths=(900,))
+    assert not local.is_standard
     assert all(
         q.depth is None
         for q in made(tokenizer, sentences, "babilong_qa1", lengths=(0,))[0].questions
@@ -153,7 +163,6 @@ def test_originals_are_read(tmp_path, tokenizer, sentences):
         ({"names": ("ruler_vt", "ruler_vt")}, "must not repeat a value"),
         ({"lengths": (-1,)}, r"tasks\.lengths=-1 must be an integer of at least 0"),
         ({"samples": 1}, r"tasks\.samples=1 must be an integer of at least 2"),
-        ({"variant": Variant(num_hops=1), "names": ("ruler_cwe",)}, "is a setting of none of rul"),
         ({"depths": (3.0,), "names": ("ruler_vt",)}, "must be empty: no task has needles"),
         ({"babilong": "x", "names": ("ruler_vt",)}, "tasks.babilong='x' must be empty"),
     ],
