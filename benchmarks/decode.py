@@ -2,10 +2,11 @@
 
     python -m benchmarks.decode --model=MODEL [--json=FILE] [--questions=512] [--only=speed]
 
-Four tables, each of ratios taken in one run. 256 tokens are generated against plain decoding, one
-token a step; needle questions are asked with the same samplers; a prompt is written into memory;
-and sixteen prompts are answered in one batch and one by one. ``--only`` takes one of them (speed,
-needles, memory, batch).
+Five tables, each of ratios taken in one run. 256 tokens are generated against plain decoding, one
+token a step; needle questions are asked with the same samplers; harder ones with memory, and with
+memory that is written on while decoding; a prompt is written into memory; and sixteen prompts are
+answered in one batch and one by one. ``--only`` takes one of them (speed, needles, adapt, memory,
+batch).
 """
 
 import argparse
@@ -138,20 +139,8 @@ def _speed_of(name: str, decoded: Mapping[str, Any], seconds: Mapping[str, Any])
 
 def ask(model: Model, threshold: float, count: int) -> dict[str, Any]:
     """Needle answers of every sampler, paired with those of plain decoding."""
-    suite = NeedleSuite(NeedleConfig(split="test"), (192,), (4,), count, seed=11)
-    filler = sources.chitchat_sentences("test")
-    drawn = needles.draw_episodes(suite, model.tokenizer, filler)
-    (episodes,) = drawn.values()
+    episodes = _episodes(model, 192, 4, count)
     found: dict[str, Any] = {}
-    plain = dataclasses.replace(PLAIN, length=8, block_length=1)
-    written_on = dataclasses.replace(model.memory, adapt_every=1)
-    systems = {
-        "no memory": (plain, None),
-        "memory": (plain, model.memory),
-        "memory, written on after every token": (plain, written_on),
-    }
-    print(f"\n{count} needle questions, 8 tokens in blocks of 1, with memory")
-    found["memory"] = _answers(model, episodes, systems)
     asked = ("plain", "threshold", "dual cache", "threshold, dual cache")
     for length, block in ((8, 1), (32, 8), (256, 32)):
         print(f"\n{count} needle questions, {length} tokens in blocks of {block}, batches of 16")
@@ -163,6 +152,27 @@ def ask(model: Model, threshold: float, count: int) -> dict[str, Any]:
         table = _answers(model, episodes, {name: (c, None) for name, c in configs.items()})
         found[f"{length} tokens in blocks of {block}"] = table
     return found
+
+
+def adapt(model: Model, length: int, count: int) -> dict[str, Any]:
+    """Needle answers without memory, with it, and with it written on while they are decoded."""
+    plain = dataclasses.replace(PLAIN, length=8, block_length=1)
+    written_on = dataclasses.replace(model.memory, adapt_every=1)
+    systems = {
+        "no memory": (plain, None),
+        "memory": (plain, model.memory),
+        "memory, written on after every token": (plain, written_on),
+    }
+    print(f"\n{count} needle questions of {length} tokens, 12 keys, 8 tokens in blocks of 1")
+    return _answers(model, _episodes(model, length, 12, count), systems)
+
+
+def _episodes(model: Model, length: int, keys: int, count: int) -> Sequence[Any]:
+    """Needle questions on held-out keys and text."""
+    suite = NeedleSuite(NeedleConfig(split="test"), (length,), (keys,), count, seed=11)
+    filler = sources.chitchat_sentences("test")
+    (episodes,) = needles.draw_episodes(suite, model.tokenizer, filler).values()
+    return episodes
 
 
 def _answers(model: Model, episodes: Sequence[Any], systems: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="memdlm_jax/assets/tiny", help="model folder")
     parser.add_argument("--tiny", default="tests/golden/backbones/llada_dense")
     parser.add_argument("--json", default="", help="file for the results")
-    parser.add_argument("--only", choices=("speed", "needles", "memory", "batch"))
+    parser.add_argument("--only", choices=("speed", "needles", "adapt", "memory", "batch"))
     parser.add_argument("--questions", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threshold", type=float, default=0.9)
@@ -285,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts = {
             "speed": lambda: speed(model, options.threshold, options.repeats),
             "needles": lambda: ask(model, options.threshold, options.questions),
+            "adapt": lambda: adapt(model, model.denoiser.config.max_length - 8, options.questions),
             "memory": lambda: memory_cost(model, options.repeats),
             "batch": lambda: batching(model, options.tiny, options.repeats),
         }

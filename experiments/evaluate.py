@@ -102,14 +102,14 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         results.update(found)
 
     made = _measures.make_tasks(config, loaded) if config.tasks else ()
+    if config.retrieval:
+        once("retrieval", _measures.probe_retrieval)
     if suite := config.needles:
         part("needles", lambda: _measures.ask_needles(config, loaded, suite, answers))
     if config.tasks:
         part("tasks", lambda: _measures.ask_tasks(config, loaded, made, answers))
     if reading:
         once("held-out", _measures.read_held_out)
-    if config.retrieval:
-        once("retrieval", _measures.probe_retrieval)
     return results | {"seconds": seconds}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from memdlm_jax.evaluation import figures
+from memdlm_jax.evaluation import figures, retrieval
 
 PARTS = ("needles", "tasks", "likelihood", "exposure", "retrieval", "curves", "samples", "history")
 """Parts of the results that may be missing."""
@@ -58,6 +58,7 @@ def render(results: Mapping[str, Any]) -> str:
         results=dict.fromkeys(PARTS) | dict(results),
         findings=findings(results),
         figure=figures.loss_curves(curves) if curves else None,
+        needle_figures=_needle_figures(results.get("needles")),
         attention_figures=_attention_figures(results.get("retrieval")),
         exposure_figure=figures.exposure_curves(exposure) if exposure else None,
         exposure_rows=_some(len(exposure["mask_ratio"])) if exposure else (),
@@ -66,10 +67,26 @@ def render(results: Mapping[str, Any]) -> str:
     )
 
 
-def _attention_figures(retrieval: Mapping[str, Any] | None) -> list[dict[str, str]]:
+def _needle_figures(found: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """Accuracy by depth and length of every system, where there are several lengths."""
+    cells = found["cells"] if found else []
+    if len({cell["length"] for cell in cells}) < 2:
+        return []
+    maps = []
+    for name in cells[0]["systems"]:
+        parts = ((cell["length"], cell["systems"][name]["by_depth"]) for cell in cells)
+        table = retrieval.by_depth_and_length(parts)
+        values = [[part["value"] for part in row] for row in table["cells"]]
+        title = f"needles, {name}"
+        source = figures.heat_map(values, table["depths"], table["lengths"], title)
+        maps.append({"title": title, "source": source})
+    return maps
+
+
+def _attention_figures(probed: Mapping[str, Any] | None) -> list[dict[str, str]]:
     """Attention on the needle by layer, for every cell and system it was measured in."""
     found = []
-    for cell in retrieval["cells"] if retrieval else ():
+    for cell in probed["cells"] if probed else ():
         for name, system in cell["systems"].items():
             if "attention" in system:
                 part = system["attention"]["parts"]["needle"]
@@ -141,10 +158,10 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         said += _floor_sentences(needles["cells"])
     if tasks := results.get("tasks"):
         said += [_task_sentence(comparison) for comparison in tasks["comparisons"]]
-    if retrieval := results.get("retrieval"):
+    if probed := results.get("retrieval"):
         said += [
             _retrieval_sentence(name, comparison)
-            for name, found in retrieval["pooled"].items()
+            for name, found in probed["pooled"].items()
             for comparison in found["comparisons"]
             if (comparison["first"], comparison["second"]) == ("control", "on")
         ]

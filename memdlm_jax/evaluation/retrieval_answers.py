@@ -223,7 +223,7 @@ class Writer:
                 f"max_length={run.max_length}, or memory.prompt_chunk writes it in pieces"
             )
         chosen = texts[memory == "control"]
-        self._texts = canvases.pad_left(chosen, _rounded(longest), pad_token_id)
+        self._texts = canvases.pad_left(chosen, systems.rounded(longest), pad_token_id)
 
     def write(self, rows: Rows) -> Phi:
         """One group per row; ``None`` with memory off."""
@@ -349,14 +349,9 @@ def lay_out(
             f"the longest prompt has {longest} tokens with its context {condition}; it must have "
             f"at most {room} (max_length={run.max_length} less decode.length={window})"
         )
-    tokens, valid = canvases.pad_left(prompts, min(room, _rounded(longest)), pad_token_id)
+    tokens, valid = canvases.pad_left(prompts, min(room, systems.rounded(longest)), pad_token_id)
     response = np.full((len(probes), lengths.max()), pad_token_id, np.int32)
     for row, ids in enumerate(responses):
         response[row, : len(ids)] = ids
     invisible = np.array([q.invisible for q in asked], np.int32)
     return Asked(*map(jnp.asarray, (tokens, valid, invisible, response, lengths)))
-
-
-def _rounded(length: int) -> int:
-    """A multiple of 16, so that tasks of like length share a compilation."""
-    return -(-length // 16) * 16

@@ -190,10 +190,10 @@ def batches(
         if chunk > max_length:
             raise ValueError(f"memory.prompt_chunk={chunk} must be at most max_length={max_length}")
         if phi is None:
-            context = canvas.pad_left(prompts, _rounded(longest), pad_token_id)
+            context = canvas.pad_left(prompts, rounded(longest), pad_token_id)
         prompts = [prompt[-room:] for prompt in prompts]
         longest = room
-    columns = min(room, _rounded(max(longest, width)))
+    columns = min(room, rounded(max(longest, width)))
     tokens, valid = canvas.pad_left(prompts, columns, pad_token_id)
     generator = Generator(system.denoiser, system.memory, config)
     n, root = len(prompts), jax.random.key(seed)
@@ -256,14 +256,14 @@ def write_context(
     Returns:
         (phi of one group, record of the inner steps, numpy leaves).
     """
-    row = canvas.pad_left([tokens], _rounded(len(tokens)), pad_token_id)
+    row = canvas.pad_left([tokens], rounded(len(tokens)), pad_token_id)
     generator = Generator(system.denoiser, system.memory, DecodeConfig())
     keys = jax.random.key(seed)[None]
     write = jax.jit(generation.write, static_argnums=0)
     return jax.device_get(write(generator, system.theta, keys, *row, system.inner))
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
     """A multiple of 16, so that tasks of like length share a compilation."""
     return -(-length // 16) * 16
 

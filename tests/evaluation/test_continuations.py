@@ -107,7 +107,9 @@ def test_scores_are_those_of_a_plain_loop(unsure, pairs):
         for i, expected in enumerate(losses):
             one, right, wrong = found[3 * i : 3 * i + 3]
             assert one.log_likelihood == pytest.approx(-np.mean(expected), rel=2e-4)
-            assert (one.is_greedy, right.is_greedy, wrong.is_greedy) == (False, True, False)
+            assert not one.is_greedy and not wrong.is_greedy
+            # Masks alone are all equally certain: rounding decides which one is first.
+            assert right.is_greedy or not pairs[i][0]
 
 
 def test_a_score_does_not_depend_on_what_else_is_scored(unsure, pairs):

@@ -100,6 +100,13 @@ def test_findings_say_both_what_differs_and_what_does_not(results):
     assert "no difference between mdlm and memdlm was detected" in said[-1]
 
 
+def test_several_lengths_have_a_map_of_each_system(results):
+    cells = results["needles"]["cells"]
+    longer = results["needles"] | {"cells": [*cells, cells[0] | {"length": 256}]}
+    page = report.render({"title": "T", "run": RUN, "needles": longer})
+    assert page.count("data:image/png;base64,") == 3
+
+
 def test_parts_may_be_missing(results):
     page = report.render({"title": "Little", "run": RUN})
     assert "Needles" not in page and "Held-out loss" not in page
