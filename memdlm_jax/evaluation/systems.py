@@ -169,13 +169,7 @@ def batches(
     Raises:
         ValueError: a prompt is empty or leaves no room for the answer, or there is none.
     """
-    # Blocks that are counted from the row's start are whole at its end.
-    whole = config.block_size if config.alignment == "row" else 1
-    room = max_length // whole * whole - config.length
-    if room < 1:
-        raise ValueError(
-            f"decode.length={config.length} leaves no room for a prompt in max_length={max_length}"
-        )
+    room = _room(config, max_length)
     check_tokens(system.denoiser, prompts, config)
     longest = max(map(len, prompts), default=0)
     context = None
@@ -215,6 +209,18 @@ def batches(
                 f"the weights are damaged{cause}"
             )
         yield found
+
+
+def _room(config: DecodeConfig, max_length: int) -> int:
+    """Columns that a prompt may have beside the answer's window."""
+    # Blocks that are counted from the row's start are whole at its end.
+    whole = config.block_size if config.alignment == "row" else 1
+    room = max_length // whole * whole - config.length
+    if room < 1:
+        raise ValueError(
+            f"decode.length={config.length} leaves no room for a prompt in max_length={max_length}"
+        )
+    return room
 
 
 def check_tokens(

@@ -64,8 +64,7 @@ class TrainConfig:
         save_every: steps between checkpoints; the last step is always saved.
         keep_last: newest checkpoints to keep, beside the best.
         profile_steps: steps to record with ``jax.profiler`` once warmed up; 0 for none.
-        peak_flops: FLOPs that a device can do in a second, for the model FLOP utilisation; 0 takes
-            what is published for it, and leaves the utilisation out where nothing is.
+        peak_flops: FLOPs a second of a device, for the utilisation; 0 takes what is published.
     """
 
     output: str
