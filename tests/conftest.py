@@ -14,6 +14,17 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Drop a file's programs after it: each maps memory, and a process may map only so often.
+
+    A worker that kept them all had some 60,000 mappings near the end of the suite, where Linux
+    allows 65,530 and XLA dies of one more, and held several gigabytes.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def float64():
     """Run the test with 64-bit types enabled."""
