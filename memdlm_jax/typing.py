@@ -7,7 +7,7 @@ Shape letters, used in every annotation of the project:
 * ``n``: layers of a stack; ``s``: states of a trajectory
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -178,6 +178,47 @@ class SelectiveDenoiser(Denoiser, Protocol):
         split: int,
     ) -> Float[Array, "b c d"]:
         """What ``head`` returns at these positions."""
+        ...
+
+
+@runtime_checkable
+class EnteringDenoiser(SelectiveDenoiser, Protocol):
+    """A denoiser whose first head layer can be run up to where fast weights are first read.
+
+    ``head_at(theta, phi, hidden, at, ...)`` equals
+    ``head_entered(theta, phi, enter(theta, hidden, at, ...), at, ...)``. What ``enter`` computes
+    does not depend on phi, so that it is computed once for all that read the same state.
+    """
+
+    def can_enter(self, paths: Collection[str]) -> bool:
+        """Whether ``enter`` reads none of these paths of ``adaptable``."""
+        ...
+
+    def enter(
+        self,
+        theta: Theta,
+        hidden: Hidden,
+        at: Int[Array, "b c"],
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        *,
+        split: int,
+    ) -> Hidden:
+        """Run layer ``split`` up to its feed-forward: [b, l, d], of the last layer [b, c, d]."""
+        ...
+
+    def head_entered(
+        self,
+        theta: Theta,
+        phi: Phi,
+        entered: Hidden,
+        at: Int[Array, "b c"],
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        *,
+        split: int,
+    ) -> Float[Array, "b c d"]:
+        """The rest of ``head_at``."""
         ...
 
 

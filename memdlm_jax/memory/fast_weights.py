@@ -20,6 +20,7 @@ from memdlm_jax.typing import (
     Cache,
     CachingDenoiser,
     Denoiser,
+    EnteringDenoiser,
     Hidden,
     Key,
     Mask,
@@ -197,6 +198,7 @@ def head_with_memory(
     *,
     split: int,
     at: Int[Array, "b c"] | None = None,
+    entered: bool = False,
 ) -> Hidden:
     """Run the head with each group's own fast weights; ``phi = None`` is the plain model.
 
@@ -209,16 +211,17 @@ def head_with_memory(
         position_ids: [b, l] int32 or ``None``.
         split: number of trunk layers.
         at: positions wanted; ``None`` for all.
+        entered: ``hidden`` is what ``EnteringDenoiser.enter`` returned at ``at``.
 
     Returns:
         [b, l, d] last hidden states, before the final norm; with ``at`` [b, c, d].
     """
     if phi is None:
-        return _head(denoiser, theta, None, hidden, at, valid, position_ids, split)
+        return _head(denoiser, theta, None, hidden, at, valid, position_ids, split, entered)
     rows = group_rows((hidden, at, valid, position_ids), number_of_groups(phi))
 
     def one_group(phi, rows):
-        return _head(denoiser, theta, phi, *rows, split)
+        return _head(denoiser, theta, phi, *rows, split, entered)
 
     return ungroup_rows(jax.vmap(one_group)(phi, rows))
 
@@ -233,16 +236,28 @@ def head_at(
     position_ids: Tokens | None = None,
     *,
     split: int,
+    entered: bool = False,
 ) -> Float[Array, "b c d"]:
     """The head of one group at the given positions.
 
     Nothing else reads the last layer, so a ``SelectiveDenoiser`` runs it there alone; any other
-    runs it everywhere.
+    runs it everywhere. With ``entered``, ``hidden`` is what ``EnteringDenoiser.enter`` returned.
     """
+    if entered:
+        if not isinstance(denoiser, EnteringDenoiser):
+            raise TypeError(f"entered=True, but {type(denoiser).__name__} has no head_entered")
+        return denoiser.head_entered(theta, phi, hidden, at, valid, position_ids, split=split)
     if isinstance(denoiser, SelectiveDenoiser):
         return denoiser.head_at(theta, phi, hidden, at, valid, position_ids, split=split)
     last = denoiser.head(theta, phi, hidden, valid, position_ids, split=split)
     return jnp.take_along_axis(last, at[..., None], axis=1)
+
+
+def entering(denoiser: Denoiser, config: MemoryConfig) -> EnteringDenoiser | None:
+    """The denoiser if it can run its head up to where this memory is first read, or ``None``."""
+    if isinstance(denoiser, EnteringDenoiser):
+        return denoiser if denoiser.can_enter(adapted_paths(denoiser, config)) else None
+    return None
 
 
 def plain_split(denoiser: Denoiser) -> int:
@@ -250,9 +265,10 @@ def plain_split(denoiser: Denoiser) -> int:
     return denoiser.num_layers - 1
 
 
-def _head(denoiser, theta, phi, hidden, at, valid, position_ids, split: int) -> Hidden:
+def _head(denoiser, theta, phi, hidden, at, valid, position_ids, split: int, entered) -> Hidden:
     if at is not None:
-        return head_at(denoiser, theta, phi, hidden, at, valid, position_ids, split=split)
+        inputs = hidden, at, valid, position_ids
+        return head_at(denoiser, theta, phi, *inputs, split=split, entered=entered)
     return denoiser.head(theta, phi, hidden, valid, position_ids, split=split)
 
 

@@ -49,6 +49,7 @@ def adapt(
     states: Sequence[Any],
     optimizer: optax.GradientTransformation,
     measure: Measure | None = None,
+    leading: tuple[Any, Callable[[Any], Any]] | None = None,
 ) -> tuple[Phi, InnerStep]:
     """Take one optimiser step on phi per state, in order (paper, equations 5 to 8).
 
@@ -60,6 +61,8 @@ def adapt(
         states: one per inner step, leaves [g, ...].
         optimizer: applied to every group alone, its state starting afresh.
         measure: the loss to be recorded after every step, see ``measured``; ``None`` records NaN.
+        leading: (entries stacked along a first axis, entry -> state) of steps before those of
+            ``states``, walked under a scan: each state is made when its step is taken.
 
     Returns:
         The adapted phi, and the record of the steps. A step whose loss or gradient is not finite
@@ -67,20 +70,29 @@ def adapt(
         ``forward_over_reverse_gradient`` it leaves no trace in derivatives either, unless what is
         not finite is theta, or the trunk that a state was computed with.
     """
-    optimizer_state = jax.vmap(optimizer.init)(phi)
-    records = []
-    for state in states:
+
+    def walk(before, state):
+        phi, optimizer_state = before
         loss, grads = gradient(theta, phi, state)
         norm = jax.lax.stop_gradient(fast_weights.group_norms(grads))
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
         grads = _harmless(fine, grads)
         updates, new_state = jax.vmap(optimizer.update)(grads, optimizer_state, phi)
         phi = _where(fine, optax.apply_updates(phi, updates), phi)
-        optimizer_state = _where(fine, new_state, optimizer_state)
         loss = jax.lax.stop_gradient(loss)
         after = jnp.full_like(loss, jnp.nan) if measure is None else measure(theta, phi, state)
-        records.append(InnerStep(loss, after, norm, ~fine))
-    return phi, jax.tree.map(lambda *steps: jnp.stack(steps), *records)
+        kept = phi, _where(fine, new_state, optimizer_state)
+        return kept, InnerStep(loss, after, norm, ~fine)
+
+    reached, records = (phi, jax.vmap(optimizer.init)(phi)), []
+    if leading is not None:
+        entries, read = leading
+        reached, record = jax.lax.scan(lambda at, x: walk(at, read(x)), reached, entries)
+        records.append(record)
+    for state in states:
+        reached, record = walk(reached, state)
+        records.append(jax.tree.map(lambda x: x[None], record))
+    return reached[0], jax.tree.map(lambda *steps: jnp.concatenate(steps), *records)
 
 
 def _where(fine: Bool[Array, "g"], new, old):

@@ -28,13 +28,15 @@ class HeadState:
     """One state of the inner loop as the head reads it.
 
     Attributes:
-        hidden: [b, l, d] output of the trunk on the state's tokens.
+        hidden: [b, l, d] output of the trunk on the state's tokens; or, where ``entered``, what
+            ``typing.EnteringDenoiser.enter`` made of it, [b, l, d] or at the targets [b, c, d].
         valid: [b, l] bool, or ``None``.
         position_ids: [b, l] int32, or ``None`` for 0 .. l-1.
         targets: clean tokens at the supervised positions.
         weight: [b] weight of each row's summed loss, the normaliser included.
         teacher: [b, l, d] output of the trunk on what a distillation teacher reads, or ``None``.
         dropout_key: of the inputs' dropout, or ``None``.
+        entered: see ``hidden``; only the losses of this module are given such states.
     """
 
     hidden: Hidden
@@ -44,6 +46,7 @@ class HeadState:
     weight: Float[Array, "b"]
     teacher: Hidden | None = None
     dropout_key: Key | None = None
+    entered: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def build(denoiser: Denoiser, config: MemoryConfig) -> InnerLoss:
@@ -73,7 +76,7 @@ def last_hidden(
     """Last hidden states at the targets, before the final norm."""
     return fast_weights.head_at(
         denoiser, theta, phi, hidden, state.targets.positions, state.valid, state.position_ids,
-        split=split,
+        split=split, entered=state.entered,
     )  # fmt: skip
 
 

@@ -20,15 +20,15 @@ from jaxtyping import Array, Float, Int
 from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule, loss_weight
-from memdlm_jax.memory import fast_weights, inner_loop, learned
+from memdlm_jax.memory import fast_weights, inner_loop, learned, walk
 from memdlm_jax.memory import losses as inner_losses
 from memdlm_jax.memory import trajectory as trajectories
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.inner_loop import InnerStep
 from memdlm_jax.memory.learned import InnerParameters
-from memdlm_jax.memory.losses import HeadState, InnerLoss
+from memdlm_jax.memory.losses import InnerLoss
 from memdlm_jax.memory.trajectory import State, Trajectory
-from memdlm_jax.typing import Batch, Denoiser, Hidden, Key, Mask, Phi, Theta, Tokens
+from memdlm_jax.typing import Batch, Denoiser, Hidden, Key, Mask, Phi, Theta
 
 Corrupt = Callable[[Key, Batch], tuple[Mask, Float[Array, "b"]]]
 """(key, batch) -> (anchor mask [b, l] within ``maskable``, loss weight [b])."""
@@ -198,27 +198,37 @@ def outer_loss(
     """
     if config.padding == "both":
         batch = trajectories.without_padding(batch)
-    split = fast_weights.split_of(denoiser, config)
     inner_theta, hold_hidden = _inner_view(config, theta)
-    hidden = denoiser.trunk(theta, anchor.tokens, batch.valid, split=split)
-    steps = head_states(
-        denoiser, config, inner_theta, trajectory, batch.valid, None,
-        fast_weights.number_of_groups(phi), anchor_hidden=hidden, hold=hold_hidden,
+    entering = None
+    if inner_loss is None and not config.distils and config.meta_gradient != "trunk_stopped":
+        # Not where the first head layer's attention has another gradient than the trunk, nor
+        # where others than the losses of labels read its input.
+        entering = fast_weights.entering(denoiser, config)
+    reader = walk.Reader(
+        denoiser, config, inner_theta, batch.valid, None, fast_weights.number_of_groups(phi),
+        entering, hold_hidden,
     )  # fmt: skip
+    hidden = reader.enter(reader.trunk(anchor.tokens, theta), anchor, theta)
+    count, leading = walk.leading(reader, trajectory)
+    steps = walk.head_states(reader, trajectory, hidden, count)
     phi = learned.started(inner, phi)
     loss = inner_losses.build(denoiser, config) if inner_loss is None else inner_loss
     shared_axis = axis_name if config.scope == "global" else None
     adapted, record = inner_loop.adapt(
         _RULES[config.meta_gradient](loss, shared_axis), inner_theta, phi, steps,
         optimizer_of(config, inner, inner_optimizer),
-        inner_loop.measured(loss, with_memory_off, shared_axis),
+        inner_loop.measured(loss, with_memory_off, shared_axis), leading,
     )  # fmt: skip
     used = adapted
     if trajectory.dropout is not None:
         drop = functools.partial(fast_weights.with_dropout, rate=config.dropout)
         used = jax.vmap(drop)(adapted, trajectory.dropout[-1])
-    memory_on = anchor_loss(denoiser, theta, used, hidden, batch.valid, anchor, split=split)
-    memory_off = _memory_off(denoiser, theta, hidden, batch.valid, anchor, split, with_memory_off)
+    read = functools.partial(
+        anchor_loss, denoiser, valid=batch.valid, anchor=anchor,
+        split=fast_weights.split_of(denoiser, config), entered=entering is not None,
+    )  # fmt: skip
+    memory_on = read(theta, used, hidden)
+    memory_off = _memory_off(read, theta, hidden, with_memory_off)
     norm, change = jax.lax.stop_gradient(
         [fast_weights.group_norms(x).mean() for x in (adapted, _difference(adapted, phi))]
     )
@@ -266,78 +276,27 @@ def optimizer_of(
     return optimizer
 
 
-def head_states(
-    denoiser: Denoiser,
-    config: MemoryConfig,
-    theta: Theta,
-    trajectory: Trajectory,
-    valid: Mask | None,
-    position_ids: Tokens | None,
-    groups: int,
-    *,
-    anchor_hidden: Hidden | None = None,
-    hold: Callable[[Hidden], Hidden] = lambda hidden: hidden,
-) -> list[HeadState]:
-    """Run the trunk on every state once; one ``HeadState`` per inner step, leaves [groups, ...].
-
-    Args:
-        denoiser: the backbone.
-        config: memory settings.
-        theta: base parameters as the inner loop sees them.
-        trajectory: states, and what teachers read.
-        valid: [b, l] bool or ``None``.
-        position_ids: [b, l] int32 or ``None``.
-        groups: memories.
-        anchor_hidden: the trunk's output on the anchor, if there is one to share.
-        hold: applied to what the inner loop reads.
-    """
-    split = fast_weights.split_of(denoiser, config)
-
-    def read(tokens, theta=theta):
-        return denoiser.trunk(theta, tokens, valid, position_ids, split=split)
-
-    shares = trajectory.ends_at_anchor and anchor_hidden is not None
-    inputs = [read(state.tokens) for state in trajectory.states[: -1 if shares else None]]
-    inputs = inputs + [anchor_hidden] * shares
-    teachers: list[Hidden | None] = [None] * len(inputs)
-    if config.distils:
-        stop = jax.lax.stop_gradient
-        if trajectory.after is None:
-            if anchor_hidden is None:
-                raise ValueError("trajectory.after=None is the anchor, but no anchor is given")
-            after = anchor_hidden
-        else:
-            after = read(trajectory.after, stop(theta))
-        order = trajectory.teachers or range(1, len(inputs) + 1)
-        teachers = [stop([*inputs, after][i]) for i in order]
-    steps = [
-        HeadState(hold(hidden), valid, position_ids, state.targets, state.weight, teacher)
-        for hidden, state, teacher in zip(inputs, trajectory.states, teachers, strict=True)
-    ]
-    steps = fast_weights.group_rows(steps, groups) * trajectory.epochs
-    if trajectory.dropout is None:
-        return steps
-    inner_keys = trajectory.dropout[:-1]
-    return [step.replace(dropout_key=inner_keys[k]) for k, step in enumerate(steps)]
-
-
 def anchor_loss(
     denoiser: Denoiser, theta: Theta, phi: Phi, hidden: Hidden, valid: Mask, anchor: State, *,
-    split: int,
+    split: int, entered: bool = False,
 ) -> Float[Array, ""]:  # fmt: skip
-    """Sum of the outer loss from the trunk's output; ``phi = None`` is the plain model."""
+    """Sum of the outer loss from the trunk's output; ``phi = None`` is the plain model.
+
+    With ``entered``, ``hidden`` is what ``typing.EnteringDenoiser.enter`` made of it.
+    """
     last = fast_weights.head_with_memory(
-        denoiser, theta, phi, hidden, valid, split=split, at=anchor.targets.positions
-    )
+        denoiser, theta, phi, hidden, valid, split=split, at=anchor.targets.positions,
+        entered=entered,
+    )  # fmt: skip
     losses = objective.label_losses(denoiser, theta, last, anchor.targets)
     return objective.weighted_sum(losses, anchor.targets, anchor.weight)
 
 
-def _memory_off(denoiser, theta, hidden, valid, anchor, split, wanted):
+def _memory_off(read, theta, hidden, wanted):
     theta, hidden = jax.lax.stop_gradient((theta, hidden))
 
     def compute():
-        return anchor_loss(denoiser, theta, None, hidden, valid, anchor, split=split)
+        return read(theta, None, hidden)
 
     if isinstance(wanted, bool):
         return compute() if wanted else jnp.nan

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from memdlm_jax.diffusion import masking
-from memdlm_jax.memory import fast_weights, inner_loop, learned, losses, meta_gradient
+from memdlm_jax.memory import fast_weights, inner_loop, learned, losses, meta_gradient, walk
 from memdlm_jax.memory import trajectory as trajectories
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.inner_loop import InnerStep
@@ -169,9 +169,8 @@ def adapt_to(
         (adapted phi, record of the inner steps).
     """
     groups = fast_weights.number_of_groups(phi)
-    steps = meta_gradient.head_states(
-        denoiser, config, theta, trajectory, valid, position_ids, groups
-    )
+    reader = walk.Reader(denoiser, config, theta, valid, position_ids, groups)
+    steps = walk.head_states(reader, trajectory)
     loss = losses.build(denoiser, config) if inner_loss is None else inner_loss
     return inner_loop.adapt(
         inner_loop.constant_gradient(loss), theta, phi, steps,

@@ -42,8 +42,8 @@ class Trajectory:
 
     Attributes:
         states: one per inner step of an epoch.
-        ends_at_anchor: the last state's tokens are those of the anchor, so its trunk is shared
-            with the outer loss.
+        ends_at_anchor: the last state's tokens and targets are those of the anchor, so what is
+            computed on them before phi is read is shared with the outer loss.
         after: [b, l] int32, what follows the last state: the clean tokens; ``None`` is the anchor.
             Read by teachers only.
         dropout: keys of the inputs' dropout, [inner steps + 1, groups], the last ones for the

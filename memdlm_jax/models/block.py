@@ -1,6 +1,6 @@
 """One layer of a transformer, and layers under one scan."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,8 @@ from memdlm_jax.models.layers import RMSNorm, SwiGLU
 from memdlm_jax.models.moe import Mixture
 from memdlm_jax.typing import Phi
 
+Part = Literal["whole", "attention", "feed_forward"]
+
 
 class Block(nn.Module):
     """One pre-norm layer: attention, then feed-forward.
@@ -20,11 +22,13 @@ class Block(nn.Module):
         config: sizes and switches.
         mixture: whether the feed-forward block is a mixture of experts.
         keep: return keys and values too.
+        part: a half of the layer alone, with what it adds to its input.
     """
 
     config: TransformerConfig
     mixture: bool
     keep: bool = False
+    part: Part = "whole"
 
     @nn.compact
     def __call__(
@@ -39,27 +43,40 @@ class Block(nn.Module):
 
         With ``at`` [b, c] only what stands at these positions is computed, [b, c, d].
         """
-        c = self.config
-        dtype = jnp.dtype(c.param_dtype)
-        init = nn.initializers.normal(c.width**-0.5)
-        output_init = nn.initializers.normal((2 * c.num_layers * c.width) ** -0.5)
-        inits = init, output_init, dtype
+        own = None
+        if self.part != "feed_forward":
+            x, own = self._attention(x, mask, position_ids, cached, at)
+        if self.part != "attention":
+            x = self._feed_forward(x)
+        return x, own if self.keep else None
+
+    def _attention(self, x, mask, position_ids, cached, at) -> tuple[jax.Array, KeysAndValues]:
+        c, inits = self.config, self._initialisers()
+        norm = RMSNorm(c.norm_epsilon, inits[-1], name="attention_norm")
         attention = Attention(c.attention(), *inits, name="attention")
-        mixed, own = attention(
-            RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x), mask, position_ids, cached, at
-        )
-        x = mixed + (x if at is None else pick(x, at))
+        mixed, own = attention(norm(x), mask, position_ids, cached, at)
+        self.sow("intermediates", "sown_attention", mixed)
+        return mixed + (x if at is None else pick(x, at)), own
+
+    def _feed_forward(self, x: jax.Array) -> jax.Array:
+        c, inits = self.config, self._initialisers()
         parts = c.mixture() if self.mixture else None
         mlp: nn.Module
         if parts is None:
             mlp = SwiGLU(c.hidden_features, *inits, name="mlp")
         else:
             mlp = Mixture(parts, *inits, name="mlp")
-        fed = mlp(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
-        x = x + fed
-        for name, value in (("attention", mixed), ("feed_forward", fed), ("hidden", x)):
-            self.sow("intermediates", f"sown_{name}", value)
-        return x, own if self.keep else None
+        fed = mlp(RMSNorm(c.norm_epsilon, inits[-1], name="mlp_norm")(x))
+        self.sow("intermediates", "sown_feed_forward", fed)
+        self.sow("intermediates", "sown_hidden", x + fed)
+        return x + fed
+
+    def _initialisers(self):
+        """Of matrices, of those that write to the residual stream, and their dtype."""
+        c = self.config
+        init = nn.initializers.normal(c.width**-0.5)
+        output_init = nn.initializers.normal((2 * c.num_layers * c.width) ** -0.5)
+        return init, output_init, jnp.dtype(c.param_dtype)
 
 
 def _grouped_products(primitive, *_, **__) -> bool:

@@ -1,7 +1,7 @@
 """The pre-norm transformer that all backbones are instances of, as pure functions of theta."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 import flax.linen as nn
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from memdlm_jax.models import inspection
 from memdlm_jax.models.attention import pick, sees_block
-from memdlm_jax.models.block import block_of, fast_weights_of, stack_of
+from memdlm_jax.models.block import Part, block_of, fast_weights_of, stack_of
 from memdlm_jax.models.config import TransformerConfig, matrices, runs_of
 from memdlm_jax.models.layers import RMSNorm
 from memdlm_jax.typing import Cache, Hidden, Key, Phi, Theta, Tokens, merged
@@ -129,21 +129,68 @@ class Transformer:
         Of the last layer only keys and values are computed everywhere. The first one stands outside
         of the scan, in whose body a gradient in phi alone would go on to what the layer reads.
         """
-        n = self.num_layers
-        if split == n:  # The trunk is all of the model, and has put its results in their places.
+        if split == self.num_layers:  # The trunk has put its results in their places.
             return pick(hidden, at)
-        if self.config.right_shift:
-            at = jnp.maximum(at - 1, 0)
+        return self._head_at(theta, phi, hidden, at, attend, position_ids, split, "whole")
+
+    def can_enter(self, paths: Collection[str]) -> bool:
+        """Whether none of these matrices stands in an attention block."""
+        return not any("attention" in path.split("/") for path in paths)
+
+    def enter(
+        self,
+        theta: Theta,
+        hidden: Hidden,
+        at: jax.Array,
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        *,
+        split: int,
+    ) -> Hidden:
+        """Run the attention block of layer ``split``; of the last layer only ``at`` [b, c]."""
+        theta, positions = merged(theta), _positions(hidden, position_ids)
+        mask = self._mask(attend, positions, None)
+        at = self._read_at(at) if split == self.num_layers - 1 else None
+        return self._layer(theta, None, hidden, mask, positions, split, split, at, "attention")
+
+    def head_entered(
+        self,
+        theta: Theta,
+        phi: Phi,
+        entered: Hidden,
+        at: jax.Array,
+        attend: jax.Array | None = None,
+        position_ids: Tokens | None = None,
+        *,
+        split: int,
+    ) -> Hidden:
+        """``head_at`` from what ``enter`` returns."""
+        if split < self.num_layers - 1:
+            return self._head_at(theta, phi, entered, at, attend, position_ids, split)
+        inputs = merged(theta), phi, entered, None, at
+        return self._layer(*inputs, split, split, part="feed_forward")
+
+    def _head_at(
+        self, theta, phi, hidden, at, attend, position_ids, split, part: Part = "feed_forward"
+    ) -> Hidden:
+        """``head_at``, of the first layer only ``part``."""
+        n, at = self.num_layers, self._read_at(at)
         theta, positions = merged(theta), _positions(hidden, position_ids)
         mask = self._mask(attend, positions, None)
         if split < n - 1:
-            hidden = self._layer(theta, phi, hidden, mask, positions, split, split)
+            hidden = self._layer(theta, phi, hidden, mask, positions, split, split, None, part)
             between = fast_weights_of(self.config, phi, split, split + 1, n - 1)
             hidden = self.layers(theta, between, hidden, attend, position_ids, split + 1, n - 1)
         return self._layer(theta, phi, hidden, mask, positions, split, n - 1, at)
 
-    def _layer(self, theta, phi, hidden, mask, positions, split, number, at=None) -> Hidden:
-        """One layer outside of any scan."""
+    def _read_at(self, at: jax.Array) -> jax.Array:
+        """Where the last layer holds what predicts the tokens at ``at``."""
+        return jnp.maximum(at - 1, 0) if self.config.right_shift else at
+
+    def _layer(
+        self, theta, phi, hidden, mask, positions, split, number, at=None, part: Part = "whole"
+    ) -> Hidden:
+        """One layer, or a half of it, outside of any scan."""
         run = next(r for r in runs_of(self.config) if number < r.first + r.length)
         index = number - run.first
         variables = {"params": jax.tree.map(lambda leaf: leaf[index], theta[run.name])}
@@ -152,7 +199,7 @@ class Transformer:
             fast = fast.get(run.name)
         if fast is not None:
             variables["fast"] = jax.tree.map(lambda leaf: leaf[0], fast)
-        block = block_of(self.config)(self.config, run.mixture)
+        block = block_of(self.config)(self.config, run.mixture, part=part)
         return block.apply(variables, hidden, mask, positions, None, at)[0]
 
     def head_with_cache(

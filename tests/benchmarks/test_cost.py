@@ -30,12 +30,17 @@ class Counts:
 
     @property
     def last_layer(self):
-        """Z: keys and values everywhere, the rest at the targets."""
+        """Z: Y and the feed-forward block at the targets."""
+        s = self.shape
+        return self.last_attention + 6 * s.rows * s.response * s.width * s.hidden_features
+
+    @property
+    def last_attention(self):
+        """Y: keys and values everywhere, the rest of an attention block at the targets."""
         s = self.shape
         slots = s.rows * s.response
-        maps = 2 * s.width**2 + 3 * s.width * s.hidden_features
         everywhere = 2 * s.rows * s.length * 2 * s.width**2
-        return everywhere + 2 * slots * maps + 4 * slots * s.length * s.width
+        return everywhere + 2 * slots * 2 * s.width**2 + 4 * slots * s.length * s.width
 
     @property
     def readout(self):
@@ -62,8 +67,9 @@ class Counts:
         # Back from the logits to the last hidden state, through down to gate and up; for A and B
         # their own products, and what flows on through the fast weight of down.
         backward = self.readout + down + 2 * out + into + into_down
-        inner = self.last_layer + self.readout + low_rank + backward
-        trunk = (s.num_layers - 1) * self.layer
+        feed_forward = self.last_layer - self.last_attention
+        inner = feed_forward + self.readout + low_rank + backward
+        trunk = (s.num_layers - 1) * self.layer + self.last_attention
         return self.mdlm + trunk + 2 * inner + 2 * low_rank
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.schedule import LinearSchedule
-from memdlm_jax.memory import fast_weights, inner_loop, losses, meta_gradient
+from memdlm_jax.memory import fast_weights, inner_loop, losses, meta_gradient, walk
 from memdlm_jax.memory.config import MemoryConfig
 from tests.memory import tiny
 from tests.memory.tiny import MODEL, ROWS, assert_close, batch_of, draw, run, settings
@@ -264,9 +264,9 @@ class TestOwnParts:
             memory = jax.tree.map(lambda leaf: leaf, given[0])
             optimizer = optax.adam(0.05)
             state = optimizer.init(memory)
-            steps = meta_gradient.head_states(
-                MODEL, config, theta, given[3], given[1].valid, None, ROWS,
-                anchor_hidden=MODEL.trunk(theta, given[2].tokens, given[1].valid, split=SPLIT),
+            steps = walk.head_states(
+                walk.Reader(MODEL, config, theta, given[1].valid, None, ROWS), given[3],
+                MODEL.trunk(theta, given[2].tokens, given[1].valid, split=SPLIT),
             )  # fmt: skip
             for one in steps:
 

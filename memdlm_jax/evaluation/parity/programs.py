@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from memdlm_jax.evaluation.parity.cases import Case
 from memdlm_jax.evaluation.parity.inputs import denoiser_of
-from memdlm_jax.memory import fast_weights, inner_loop, losses, meta_gradient
+from memdlm_jax.memory import fast_weights, inner_loop, losses, meta_gradient, walk
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.models.llada import LLaDA
 from memdlm_jax.typing import Hidden, Mask, Phi, Theta, Tokens
@@ -88,7 +88,8 @@ def single_update(denoiser, config: MemoryConfig, early: EarlyLayers | None):
     @jax.jit
     def update(theta, phi, one):
         valid = jnp.ones_like(one.states[0].tokens, bool)
-        steps = meta_gradient.head_states(model, config, theta, one, valid, None, 1)
+        reader = walk.Reader(model, config, theta, valid, None, 1)
+        steps = walk.head_states(reader, one)
         rule, raw = inner_loop.constant_gradient(loss), []
 
         def recording(*given):
