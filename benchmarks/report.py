@@ -45,6 +45,20 @@ def step_tables(found: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
+def memory_tables(found: Mapping[str, Any]) -> Iterator[str]:
+    """One table for each shape of ``benchmarks.memory``."""
+    for shape, rows in found["memory"].items():
+        yield f"\n## Memory of a training step, shape {shape}\n{machine(found)}.\n"
+        yield "| | allotted by the compiler | mdlm = 1 | held by the process | mdlm = 1 |"
+        yield "|---|---|---|---|---|"
+        for name, row in rows.items():
+            columns = (
+                f"{row[f'{kind} bytes'] / 2**20:.0f} MiB | {row[f'{kind} ratio']:.2f}"
+                for kind in ("temporary", "resident")
+            )
+            yield f"| {name} | {' | '.join(columns)} |"
+
+
 def decode_tables(found: Mapping[str, Any]) -> Iterator[str]:
     """Speed and batching of ``benchmarks.decode``."""
     for kind, rows in found.get("speed", {}).items():

@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exact, remat": {"memory": {"meta_gradient": "exact"}, "remat": "full"},
     "exact, K = 8, remat": {"memory": {"meta_gradient": "exact", "steps": 8}, "remat": "full"},
     "public way": {"memory": {"scope": "global"}, "naive": True},
+    "public way, remat": {"memory": {"scope": "global"}, "naive": True, "remat": "full"},
 }
 
 

@@ -89,19 +89,25 @@ _SAVE_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def block_of(config: TransformerConfig) -> type[nn.Module]:
-    """A layer, recomputed in the backward pass as the config says."""
-    if config.remat == "none":
+def block_of(config: TransformerConfig, first: int) -> type[nn.Module]:
+    """Layers from number ``first`` on, recomputed in the backward pass as the config says."""
+    kept = config.remat_layers is not None and first >= config.remat_layers
+    if kept or config.remat == "none":
         return Block
     policy = _SAVE_PRODUCTS if config.remat == "dots" else None
     rematerialised: Any = nn.remat(Block, prevent_cse=False, policy=policy)
     return rematerialised
 
 
-def stack_of(config: TransformerConfig, run: Run, length: int, keep: bool = False) -> nn.Module:
-    """``length`` blocks of a run under one scan: compile time does not grow with depth."""
+def stack_of(
+    config: TransformerConfig, run: Run, length: int, keep: bool = False, first: int = 0
+) -> nn.Module:
+    """``length`` blocks of a run, from layer number ``first`` on, under one scan.
+
+    Compile time does not grow with depth.
+    """
     return nn.scan(
-        block_of(config),
+        block_of(config, first),
         variable_axes={"params": 0, "fast": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast, 0),

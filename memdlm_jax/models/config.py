@@ -31,6 +31,9 @@ class TransformerConfig:
         param_dtype: dtype of the parameters.
         remat: what the backward pass recomputes, layer by layer: ``none``, ``full`` (everything),
             ``dots`` (all but matrix products).
+        remat_layers: first layers that this holds for; the others recompute nothing. ``None`` is
+            all. The adapted layers at the end are few, and run more often than the others.
+            Without effect where ``remat`` is ``none``.
         vocab_chunk: the loss takes so many tokens of the vocabulary at a time, for large ones; 0
             takes all.
         attention_block: 0 for attention in both directions; else tokens see their own block of so
@@ -52,6 +55,7 @@ class TransformerConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: Remat = "none"
+    remat_layers: int | None = None
     attention_block: int = 0
     vocab_chunk: int = 0
 
@@ -65,6 +69,9 @@ class TransformerConfig:
                 raise ValueError(f"{field.name}={value} must be at least {least}")
         if self.remat not in ("none", "full", "dots"):
             raise ValueError(f"remat={self.remat!r} must be one of 'none', 'full', 'dots'")
+        cut = self.remat_layers
+        if cut is not None and not 1 <= cut <= self.num_layers:
+            raise ValueError(f"remat_layers={cut} must be in 1 .. num_layers={self.num_layers}")
         self._check_heads()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

@@ -199,7 +199,7 @@ class Transformer:
             fast = fast.get(run.name)
         if fast is not None:
             variables["fast"] = jax.tree.map(lambda leaf: leaf[0], fast)
-        block = block_of(self.config)(self.config, run.mixture, part=part)
+        block = block_of(self.config, number)(self.config, run.mixture, part=part)
         return block.apply(variables, hidden, mask, positions, None, at)[0]
 
     def head_with_cache(
@@ -308,6 +308,12 @@ class Transformer:
 
         ``found`` collects what they sow and ``own`` the keys and values of ``hidden``, by run.
         """
+        cut = self.config.remat_layers
+        if cut is not None and start < cut < stop and found is None and own is None:
+            for part in ((start, cut), (cut, stop)):
+                some = fast_weights_of(self.config, phi, start, *part)
+                hidden = self.layers(theta, some, hidden, attend, position_ids, *part)
+            return hidden
         runs = runs_of(self.config)
         positions = _positions(hidden, position_ids)
         mask = self._mask(attend, positions, cache)
@@ -320,7 +326,7 @@ class Transformer:
             variables = {"params": layers} if fast is None else {"params": layers, "fast": fast}
             # What the stack really holds: a shortened one runs as a shorter model.
             length = jax.tree.leaves(layers)[0].shape[0]
-            stack = stack_of(self.config, run, length, keep=own is not None)
+            stack = stack_of(self.config, run, length, own is not None, run.first + first)
             inputs = hidden, mask, positions, None if cache is None else cache[run.name]
             if found is not None:
                 (hidden, _), sown = stack.apply(variables, *inputs, mutable=["intermediates"])

@@ -90,11 +90,11 @@ def test_the_compiler_counts_the_same_within_five_per_cent(name, monkeypatch):
     """On an unrolled model: of a scan the compiler counts the body once."""
     shape = Shape(1024, 4, 2, 128, 64, 0.25, width=128, hidden_features=344, num_heads=2)
 
-    def unrolled(config, run, length, keep=False):
+    def unrolled(config, run, length, keep=False, first=0):
         return nn.scan(
-            block.block_of(config), variable_axes={"params": 0, "fast": 0, "intermediates": 0},
-            split_rngs={"params": True}, in_axes=(nn.broadcast, nn.broadcast, 0), length=length,
-            unroll=length,
+            block.block_of(config, first), length=length, unroll=length,
+            variable_axes={"params": 0, "fast": 0, "intermediates": 0},
+            split_rngs={"params": True}, in_axes=(nn.broadcast, nn.broadcast, 0),
         )(config, run.mixture, keep)  # fmt: skip
 
     state, frozen = shape.state()
@@ -102,3 +102,19 @@ def test_the_compiler_counts_the_same_within_five_per_cent(name, monkeypatch):
     arguments = state, frozen, shape.batch(), jax.random.key(0)
     compiled = jax.jit(program(shape, VARIANTS[name])).lower(*arguments).compile()
     assert compiled.cost_analysis()["flops"] == pytest.approx(counted(shape, name), rel=0.05)
+
+
+def test_memory_of_the_exact_gradient_hardly_grows_with_the_inner_steps():
+    """A step keeps its fast weights and what they read, nothing of its trunk."""
+    deep = dataclasses.replace(SHAPE, rows=4, length=64, num_layers=16, layer_fraction=0.05)
+    state, frozen = deep.state(shapes_only=True)
+    arguments = state, frozen, deep.batch(), jax.random.key(0)
+    found = []
+    for steps in (3, 6):
+        memory = {"meta_gradient": "exact", "steps": steps}
+        compiled = jax.jit(program(deep, {"memory": memory, "remat": "full"})).lower(*arguments)
+        found.append(compiled.compile().memory_analysis().temp_size_in_bytes)
+    phi = 4 * deep.rows * 3 * deep.rank * (deep.width + deep.hidden_features)
+    read = 4 * deep.rows * deep.response * deep.width
+    inputs_of_layers = 4 * deep.rows * deep.length * deep.width * (deep.num_layers - 1)
+    assert (found[1] - found[0]) / 3 < 4 * phi + 2 * read < inputs_of_layers / 4

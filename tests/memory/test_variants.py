@@ -91,6 +91,8 @@ VARIANTS = {
     "no_progressive": {"masking": "no_progressive", "loss": "distill_reverse"},
     "progressive_memory": {"masking": "progressive_memory", "loss": "distill", "steps": 3},
     "sequence": {"normalisation": "sequence", "weighting": "uniform"},
+    "long": {"steps": 4},
+    "all_before_the_anchor": {"masking": "pre_only", "steps": 2, "supervise": "newly_revealed"},
 }
 
 

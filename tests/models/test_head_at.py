@@ -16,11 +16,11 @@ AT = jnp.array([[0, 3, 8, 8], [1, 0, 5, 2]])
 VALID = jnp.ones(TOKENS.shape, bool).at[1, -2:].set(False)
 
 
-def random_phi(model, split):
-    """Two groups of fast weights on everything that can carry them."""
+def random_phi(model, split, modules=("attention", "mlp")):
+    """Two groups of fast weights on everything in these modules that can carry them."""
     memory = MemoryConfig(
         rank=2, alpha=4.0, layer_fraction=1 - (split + 0.1) / model.num_layers,
-        target_modules=("attention", "mlp"),
+        target_modules=modules,
     )  # fmt: skip
     phi = fast_weights.init(jax.random.key(1), model, memory, 2)
     leaves, structure = jax.tree.flatten(phi)
@@ -54,6 +54,39 @@ def test_head_at_is_the_head_at_these_positions(name, split):
         got, expected = run(theta, phi, attend, positions)
         assert got.shape == (2, 4, 16)
         np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("split", [1, 2])
+def test_what_stands_before_fast_weights_can_be_run_apart(name, split):
+    model = FAMILIES[name]
+    theta = jax.jit(model.init)(jax.random.key(0))
+    phi = random_phi(model, split, ("mlp",))
+    position_ids = jnp.stack([jnp.arange(9), jnp.arange(9) + 3])
+
+    @jax.jit
+    def run(theta, phi):
+        rest = VALID, position_ids
+        hidden = model.trunk(theta, TOKENS, *rest, split=split)
+        entered = model.enter(theta, hidden, AT, *rest, split=split)
+        head = functools.partial(fast_weights.head_with_memory, model, theta, split=split, at=AT)
+        found = [head(memory, entered, *rest, entered=True) for memory in (None, phi)]
+        return entered, found, [head(memory, hidden, *rest) for memory in (None, phi)]
+
+    entered, found, expected = run(theta, phi)
+    assert entered.shape == (2, 9 if split == 1 else 4, 16)
+    assert np.abs(found[1] - found[0]).max() > 0.01, "the fast weights must matter"
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+def test_only_a_memory_behind_the_first_attention_can_be_entered():
+    model = FAMILIES["llada"]
+    for modules, can in ((("mlp",), True), (("down_proj",), True), (("mlp", "q_proj"), False)):
+        memory = MemoryConfig(layer_fraction=0.3, target_modules=modules)
+        assert (fast_weights.entering(model, memory) is model) == can
+    with pytest.raises(TypeError, match="entered=True, but object has no head_entered"):
+        fast_weights.head_at(object(), None, None, TOKENS, AT, split=1, entered=True)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

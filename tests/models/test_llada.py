@@ -1,6 +1,7 @@
 """The dense backbone behind the trunk/head protocol."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.models.attention import attend
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
+from memdlm_jax.training import flops
 from memdlm_jax.typing import Denoiser
 
 CONFIG = LLaDAConfig(
@@ -49,8 +51,23 @@ def test_split_does_not_change_the_model(model, theta, split):
 
 
 def test_remat_does_not_change_the_model(model, theta):
-    remat = LLaDA(dataclasses.replace(CONFIG, remat="full"))
-    np.testing.assert_array_equal(logits(remat, theta), logits(model, theta))
+    for layers in (None, 2):
+        remat = LLaDA(dataclasses.replace(CONFIG, remat="full", remat_layers=layers))
+        np.testing.assert_array_equal(logits(remat, theta), logits(model, theta))
+
+
+def test_so_many_layers_are_computed_again(theta):
+    def count(**remat):
+        model = LLaDA(dataclasses.replace(CONFIG, **remat))
+        loss = functools.partial(lambda model, theta: logits(model, theta).sum(), model)
+        return flops.matmul_flops(jax.grad(loss), theta)
+
+    none, one, two, all_three = (
+        count(), *(count(remat="full", remat_layers=n) for n in (1, 2)), count(remat="full")
+    )  # fmt: skip
+    assert none < one < two and two - one == one - none == all_three - two
+    with pytest.raises(ValueError, match=r"remat_layers=4 must be in 1 .. num_layers=3"):
+        dataclasses.replace(CONFIG, remat_layers=4)
 
 
 def test_zero_fast_weights_are_the_identity_to_the_bit(model, theta):
