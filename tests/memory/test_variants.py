@@ -92,7 +92,7 @@ VARIANTS = {
     "progressive_memory": {"masking": "progressive_memory", "loss": "distill", "steps": 3},
     "sequence": {"normalisation": "sequence", "weighting": "uniform"},
     "long": {"steps": 4},
-    "all_before_the_anchor": {"masking": "pre_only", "steps": 2, "supervise": "newly_revealed"},
+    "independent": {"masking": "progressive_memory", "supervise": "newly_revealed"},
 }
 
 
