@@ -1,9 +1,9 @@
 """Write docs/performance.md from the JSON files of the other benchmarks.
 
-    python -m benchmarks.report STEP.json [DECODE.json ...] > docs/performance.md
+    python -m benchmarks.report STEP.json [DECODE.json INPUT.json ...] > docs/performance.md
 
-Takes what ``benchmarks.step --json`` and ``benchmarks.decode --json`` wrote; nothing in the page is
-written by hand.
+Takes what ``--json`` of ``benchmarks.step``, ``benchmarks.decode`` and ``benchmarks.input`` wrote;
+nothing in the page is written by hand.
 """
 
 import argparse
@@ -78,6 +78,27 @@ def decode_tables(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"| {name} | {_timing.shown(row['speed-up'])} |"
 
 
+def input_tables(found: Mapping[str, Any]) -> Iterator[str]:
+    """Rates and padding of ``benchmarks.input``."""
+    data, shape = found["input"], found["options"]["shape"]
+    of = found["options"]["rows"] or "conversations"
+    yield f"\n## Input pipeline against a training step, shape {shape}\n{machine(found)}; {of}.\n"
+    yield "| | tokens/s | training step = 1 |\n|---|---|---|"
+    for name, rates in data["tokens per second"].items():
+        ratio = data["times the training rate"].get(name)
+        shown = _timing.shown(ratio, 1) if ratio else "1"
+        yield f"| {name} | {np.median(rates):,.0f} | {shown} |"
+    yield (
+        f"\n{data['rows']:,} rows, {data['tokens']:,} tokens, {data['rows per batch']} rows a "
+        f"batch: **{data['padding']:.1%} padding** with the {len(data['buckets'])} lengths chosen, "
+        f"{', '.join(map(str, data['buckets']))}. The least that a number of lengths can have:\n"
+    )
+    shares = data["least padding"]
+    yield "| lengths | " + " | ".join(map(str, range(1, len(shares) + 1))) + " |"
+    yield "|---" * (len(shares) + 1) + "|"
+    yield "| padding | " + " | ".join(f"{share:.1%}" for share in shares) + " |"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
@@ -88,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = json.loads(Path(file).read_text())
         if "machine" not in found:
             parser.error(f"{file} was not written by a benchmark's --json")
-        lines += step_tables(found) if "shapes" in found else decode_tables(found)
+        tables = {"shapes": step_tables, "input": input_tables}
+        kind = next((table for name, table in tables.items() if name in found), decode_tables)
+        lines += kind(found)
     print("\n".join(lines))
 
 

@@ -22,7 +22,7 @@ from ml_collections import config_dict
 
 from experiments import _cli, _memory, _model
 from memdlm_jax.checkpoints import hugging_face, peft
-from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline
+from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline, resolved
 from memdlm_jax.data.prepare import DataConfig, PreparedData, prepare
 from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule
@@ -125,7 +125,7 @@ def finetune(config: FinetuneConfig) -> Result:
     prepared = prepared_for(config, denoiser)
     train = make_pipeline(prepared, "train", config.pipeline)
     validation = validation_batches(prepared, config)
-    logger.info("%s\n%d steps an epoch", prepared.describe(), train.steps_per_epoch)
+    logger.info("%s\n%s", prepared.describe(), train.describe())
     memory = config.memory
     setup = StepSetup(
         denoiser, config.optimizer, memory, config.schedule, loss=config.loss,
@@ -217,9 +217,15 @@ def prepared_for(config: FinetuneConfig, denoiser: Transformer) -> PreparedData:
     Raises:
         ValueError: if a row could be longer than the model is meant for.
     """
-    longest, most = config.pipeline.buckets[-1], denoiser.config.max_length
-    if longest > most:
-        raise ValueError(f"pipeline.buckets end at {longest}, beyond the model's max_length={most}")
+    most, buckets = denoiser.config.max_length, config.pipeline.buckets
+    if buckets and buckets[-1] > most:
+        end = buckets[-1]
+        raise ValueError(f"pipeline.buckets end at {end}, beyond the model's max_length={most}")
+    if config.data.encode.max_length > most and not buckets:
+        raise ValueError(
+            f"data.encode.max_length={config.data.encode.max_length} is beyond the model's "
+            f"max_length={most}"
+        )
     tokenizer = str(_model.tokenizer_folder(config.init, config.under))
     return prepare(dataclasses.replace(config.data, tokenizer=tokenizer))
 
@@ -250,7 +256,7 @@ def identity_of(config: FinetuneConfig, prepared: PreparedData) -> dict[str, Any
         "base": config.base,
         "lora": None if config.lora is None else dataclasses.asdict(config.lora),
         "data.rows": prepared.directory.name,
-        "pipeline.buckets": config.pipeline.buckets,
+        "pipeline.buckets": resolved(config.pipeline, prepared).buckets,
         "pipeline.rows_per_batch": config.pipeline.rows_per_batch,
         "pipeline.seed": config.pipeline.seed,
         "pipeline.supervise_padding": config.pipeline.supervise_padding,

@@ -5,8 +5,8 @@
 
 ``ROWS.jsonl`` holds one object a line, with ``prompt`` and ``response`` or with ``messages`` (see
 docs/data.md). A model that is meant for fewer than 4,096 tokens needs a smaller
-``--config.data.encode.max_length=N`` and ``--config.pipeline.buckets="(..., N)"``. The paper takes
-LongAlpaca-12k up to 4,096 tokens for 5 epochs; the script prints the steps of an epoch.
+``--config.data.encode.max_length=N``. The paper takes LongAlpaca-12k up to 4,096 tokens for 5
+epochs; the script prints the steps of an epoch, the lengths of its batches and their padding.
 """
 
 from ml_collections import config_dict
@@ -24,7 +24,6 @@ def get_config(rows: str = "rows.jsonl") -> config_dict.ConfigDict:
     config.data.sources = ({"kind": "jsonl", "path": rows},)
     config.data.encode.max_length = 4096
     config.data.encode.long_prompt = "drop"
-    config.pipeline.buckets = (512, 1024, 2048, 4096)
 
     config.optimizer.learning_rate = 2e-5
     config.optimizer.accumulation = 8

@@ -44,7 +44,10 @@ def get_config() -> config_dict.ConfigDict:
     )
 
     config.pipeline = config_dict.ConfigDict()
-    config.pipeline.buckets = (128, 256)
+    config.pipeline.buckets = ()  # the fewest with at most max_padding
+    config.pipeline.max_padding = 0.08
+    config.pipeline.max_buckets = 16
+    config.pipeline.bucket_multiple = 8
     config.pipeline.rows_per_batch = 16
     config.pipeline.seed = 0
     config.pipeline.supervise_padding = False

@@ -13,9 +13,10 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
+from memdlm_jax.data.buckets import check_buckets, fewest_buckets, padding_share
 from memdlm_jax.data.prepare import PreparedData
 from memdlm_jax.data.sft import Row
-from memdlm_jax.data.text import Split, check_at_least
+from memdlm_jax.data.text import SPLITS, Split, check_at_least
 from memdlm_jax.typing import Batch
 
 _FILL = -1
@@ -36,7 +37,11 @@ class PipelineConfig:
     """How rows become batches.
 
     Attributes:
-        buckets: lengths of batches, ascending; a row goes to the shortest that holds it.
+        buckets: lengths of batches, ascending; a row goes to the shortest that holds it. Empty
+            takes the fewest that keep to ``max_padding``, see ``resolved``.
+        max_padding: chosen buckets have at most this share of padding, in [0, 1).
+        max_buckets: most buckets to choose; each costs a compilation.
+        bucket_multiple: chosen buckets but the last are multiples of this.
         rows_per_batch: rows of a batch over all processes.
         seed: of the order of rows and batches.
         supervise_padding: fill the response up with end-of-sequence tokens that are attended to
@@ -47,7 +52,10 @@ class PipelineConfig:
         prefetch: batches read ahead.
     """
 
-    buckets: tuple[int, ...] = (128, 256, 512)
+    buckets: tuple[int, ...] = ()
+    max_padding: float = 0.08
+    max_buckets: int = 16
+    bucket_multiple: int = 8
     rows_per_batch: int = 32
     seed: int = 0
     supervise_padding: bool = False
@@ -57,10 +65,14 @@ class PipelineConfig:
     prefetch: int = 8
 
     def __post_init__(self):
-        for name in ("rows_per_batch", "process_count", "num_threads", "prefetch"):
+        counts = "max_buckets", "bucket_multiple", "rows_per_batch", "process_count"
+        for name in (*counts, "num_threads", "prefetch"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
-        _check_buckets(self.buckets)
+        if self.buckets:
+            check_buckets(self.buckets)
+        if not 0 <= self.max_padding < 1:
+            raise ValueError(f"max_padding={self.max_padding} must lie in [0, 1)")
         if not 0 <= self.process_index < self.process_count:
             raise ValueError(
                 f"process_index={self.process_index} must lie in [0, process_count="
@@ -71,14 +83,6 @@ class PipelineConfig:
                 f"rows_per_batch={self.rows_per_batch} must be a multiple of process_count="
                 f"{self.process_count}"
             )
-
-
-def _check_buckets(buckets: tuple[int, ...]) -> None:
-    """Raise unless there are buckets and they ascend."""
-    for length in buckets:
-        check_at_least("buckets", length, 1)
-    if not buckets or list(buckets) != sorted(set(buckets)):
-        raise ValueError(f"buckets={buckets} must be ascending lengths, at least one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +121,7 @@ class BatchPlan:
         """
         check_at_least("rows_per_batch", rows_per_batch, 1)
         check_at_least("seed", seed, 0)
-        _check_buckets(buckets)
+        check_buckets(buckets)
         if not len(lengths):
             raise ValueError("lengths is empty: there is no row to plan a batch of")
         if lengths.max() > buckets[-1]:
@@ -184,10 +188,11 @@ class Pipeline:
             eos_id: fills responses when padding is supervised.
 
         Raises:
-            ValueError: there are no rows, or one is longer than the last bucket.
+            ValueError: there are no rows, no buckets, or a row is longer than the last bucket.
         """
         total, prompt = lengths
         self.config = config
+        self._lengths = total
         self.plan = BatchPlan(total, config.buckets, config.rows_per_batch, config.seed)
         self._rows, self._pad_id, self._eos_id = rows, pad_id, eos_id
         end = np.asarray(config.buckets)[self.plan.bucket_of_row]
@@ -197,6 +202,18 @@ class Pipeline:
     def steps_per_epoch(self) -> int:
         """Batches in which every row comes once."""
         return self.plan.steps_per_epoch
+
+    @property
+    def padding(self) -> float:
+        """Share of an epoch's positions that hold no token of a row, in [0, 1)."""
+        return padding_share(self._lengths, self.config.buckets, self.config.rows_per_batch)
+
+    def describe(self) -> str:
+        """The batches of an epoch for people."""
+        return (
+            f"{self.steps_per_epoch} steps an epoch of {self.config.rows_per_batch} rows, "
+            f"{len(self.config.buckets)} lengths {self.config.buckets}, {self.padding:.1%} padding"
+        )
 
     def target_capacity(self, length: int) -> int:
         """Most maskable positions of any row in batches of ``length``.
@@ -252,13 +269,36 @@ class Pipeline:
         return iter(steps.map(self.batch_at).to_iter_dataset(options))
 
 
+def resolved(config: PipelineConfig, prepared: PreparedData) -> PipelineConfig:
+    """The configuration with its buckets chosen, if it names none.
+
+    They are the fewest that keep the padding of the training split at ``max_padding`` or below,
+    and hold the rows of all splits: the same for each split, step and process.
+    """
+    if config.buckets:
+        return config
+    longest = max(
+        int(prepared.lengths(split)[0].max())
+        for split in SPLITS
+        if prepared.summary["splits"][split]["rows"]
+    )
+    # A row is never longer than this, and a model may have no more positions.
+    most = prepared.summary["config"]["encode"]["max_length"]
+    last = min(-(-longest // config.bucket_multiple) * config.bucket_multiple, most)
+    buckets = fewest_buckets(
+        prepared.lengths("train")[0], last, config.rows_per_batch,
+        config.max_buckets, config.bucket_multiple, config.max_padding,
+    )  # fmt: skip
+    return dataclasses.replace(config, buckets=buckets)
+
+
 def make_pipeline(prepared: PreparedData, split: Split, config: PipelineConfig) -> Pipeline:
-    """The batches of a split of prepared data.
+    """The batches of a split of prepared data; ``resolved`` chooses buckets where none are named.
 
     Raises:
         ValueError: the split has no rows, or one is longer than the last bucket.
     """
-    tokenizer = prepared.tokenizer
+    tokenizer, config = prepared.tokenizer, resolved(config, prepared)
     return Pipeline(
         prepared.rows(split), prepared.lengths(split), config, tokenizer.pad_id, tokenizer.eos_id
     )

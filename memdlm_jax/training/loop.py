@@ -19,7 +19,7 @@ import tqdm
 
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from memdlm_jax.training.metrics import MetricsWriter
-from memdlm_jax.training.parallel import CompiledSteps, most_targets
+from memdlm_jax.training.parallel import CompiledSteps, Placed, most_targets
 from memdlm_jax.training.speed import Speed, Trace
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import Metrics, StepSetup, metrics_of
@@ -271,7 +271,7 @@ class _Loop:
         self.pending: list[tuple[int, Metrics]] = []
         self.saved = p.step
         trace = Trace(c.output, p.step, c.profile_steps)
-        batches = ahead(self.data.batch_at, p.step, c.steps)
+        batches = ahead(lambda i: self.steps.put(self.data.batch_at(i)), p.step, c.steps)
         with contextlib.closing(batches), _stop_on_sigterm() as stop, trace, self._bar() as bar:
             while p.step < c.steps and not stop.is_set():
                 self._take_step(next(batches))
@@ -298,11 +298,11 @@ class _Loop:
         c = self.config
         return self._due(c.log_every, c.save_every, c.validate_every)
 
-    def _take_step(self, batch: Batch) -> None:
+    def _take_step(self, batch: Placed) -> None:
         """Dispatch one step; nothing here waits for the device."""
         c, p = self.config, self.progress
         key = jax.random.fold_in(jax.random.key(c.seed), p.step)
-        self.speed.count(p.state, batch)
+        self.speed.count(p.state, batch.host)
         p.step += 1
         p.state, metrics = self.steps.train(p.state, batch, key, self._reporting())
         self.pending.append((p.step, metrics))
@@ -358,8 +358,8 @@ class _Loop:
 
 
 def ahead(
-    batch_at: Callable[[int], Batch], start: int, stop: int, depth: int = 2
-) -> Generator[Batch, None, None]:
+    batch_at: Callable[[int], Placed], start: int, stop: int, depth: int = 2
+) -> Generator[Placed, None, None]:
     """Batches of steps ``start .. stop - 1``, ``depth`` of them made in a thread meanwhile."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = collections.deque(pool.submit(batch_at, i) for i in range(start, stop)[:depth])

@@ -26,6 +26,19 @@ class Configurable(Denoiser, Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A batch that is on its way to the devices.
+
+    Attributes:
+        host: the batch as it was given, numpy arrays [b, l].
+        device: the same on the device, or [devices, b / devices, l] divided among several.
+    """
+
+    host: Batch
+    device: Batch
+
+
 def most_targets(batch: Batch) -> int:
     """Most maskable tokens of any row of a batch of host arrays [b, l]."""
     return int(np.sum(batch.maskable, axis=-1).max(initial=0))
@@ -67,19 +80,33 @@ class CompiledSteps:
         mesh = Mesh(np.array(self._devices), (AXIS,))
         return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
-    def train(
-        self, state: TrainState, batch: Batch, key: Key, report: bool
-    ) -> tuple[TrainState, Metrics]:
-        """``step.train_step`` on a batch of host arrays [b, l]; ``state`` is donated.
+    def put(self, batch: Batch) -> Placed:
+        """Start to move a batch of host arrays [b, l] to the devices; waits for nothing.
+
+        May be called in another thread while a step runs.
 
         Raises:
             ValueError: a row has more maskable tokens than target slots, or the rows cannot be
                 divided among the devices.
         """
+        self._check_capacity(batch)
+        parts, where = self._split(batch), self._devices[0]
+        if len(self._devices) > 1:
+            where = NamedSharding(Mesh(np.array(self._devices), (AXIS,)), PartitionSpec(AXIS))
+        return Placed(batch, jax.device_put(parts, where))
+
+    def train(
+        self, state: TrainState, batch: Batch | Placed, key: Key, report: bool
+    ) -> tuple[TrainState, Metrics]:
+        """``step.train_step`` on host arrays [b, l] or on what ``put`` gave; donates ``state``.
+
+        Raises:
+            ValueError: see ``put``.
+        """
         return self._run(step.train_step, (0,), state, batch, key, np.bool_(report))
 
-    def evaluate(self, theta: Theta, batch: Batch, key: Key) -> Sums:
-        """``step.eval_step`` on a batch of host arrays [b, l]; raises as ``train``."""
+    def evaluate(self, theta: Theta, batch: Batch | Placed, key: Key) -> Sums:
+        """``step.eval_step`` on host arrays [b, l] or on what ``put`` gave; raises as ``put``."""
         return self._run(step.eval_step, (), theta, batch, key)
 
     def inner_loop_share(self, state: TrainState, batch: Batch) -> tuple[int, float]:
@@ -117,9 +144,8 @@ class CompiledSteps:
                 f"{capacity} target slots: target_capacity({length}) must be at least {most}"
             )
 
-    def _run(self, function: Callable, donate: tuple[int, ...], tree, batch: Batch, *rest):
-        self._check_capacity(batch)
-        batch = self._split(batch)
+    def _run(self, function: Callable, donate: tuple[int, ...], tree, given, *rest):
+        batch = (given if isinstance(given, Placed) else self.put(given)).device
         name = (function, batch.tokens.shape)
         if name not in self._compiled:
             start = time.monotonic()

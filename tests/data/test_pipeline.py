@@ -143,6 +143,17 @@ def test_processes_share_each_batch(build):
             assert np.array_equal(woven.reshape(8, -1), getattr(wanted, name))
 
 
+def test_the_padding_stated_is_that_of_the_batches(build):
+    pipeline = build()
+    batches = [pipeline.batch_at(step) for step in range(pipeline.steps_per_epoch)]
+    tokens, positions = sum(b.valid.sum() for b in batches), sum(b.valid.size for b in batches)
+    share = 1 - tokens / positions
+    assert share > 0.1 and pipeline.padding == pytest.approx(share)
+    assert f"{share:.1%} padding" in pipeline.describe()
+    # What carries loss is padding all the same.
+    assert build(supervise_padding=True).padding == pipeline.padding
+
+
 def test_a_bucket_may_be_empty():
     plan = BatchPlan(np.asarray([20, 21, 22]), BUCKETS, 2)
     assert plan.steps_per_epoch == 2 and plan.fill_rows == 1
@@ -152,7 +163,9 @@ def test_a_bucket_may_be_empty():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"buckets": ()}, r"buckets=\(\) must be ascending lengths, at least one"),
+        ({"max_padding": 1.0}, r"max_padding=1.0 must lie in \[0, 1\)"),
+        ({"max_buckets": 0}, "max_buckets=0"),
+        ({"bucket_multiple": 0}, "bucket_multiple=0"),
         ({"buckets": (16, 8)}, r"buckets=\(16, 8\) must be ascending"),
         ({"buckets": (0, 8)}, "buckets=0 must be an integer of at least 1"),
         ({"rows_per_batch": 0}, "rows_per_batch=0"),
@@ -173,6 +186,8 @@ def test_bad_use_is_named(build):
     pipeline = build()
     with pytest.raises(ValueError, match=r"buckets=\(8, 16\) must end at 32 or more"):
         build(buckets=(8, 16))
+    with pytest.raises(ValueError, match=r"buckets=\(\) must be ascending lengths, at least one"):
+        build(buckets=())
     with pytest.raises(ValueError, match="lengths is empty"):
         BatchPlan(np.zeros(0, int), BUCKETS, 2)
     with pytest.raises(ValueError, match=r"length=9 must be one of buckets"):

@@ -9,6 +9,7 @@ import pytest
 
 from memdlm_jax.data import prepare as module
 from memdlm_jax.data.needles import NeedleConfig
+from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline
 from memdlm_jax.data.prepare import DataConfig, SourceConfig, load_prepared, prepare
 from memdlm_jax.data.sft import EncodeConfig, Encoder
 from memdlm_jax.data.text import SPLITS
@@ -236,3 +237,18 @@ def test_bad_config_is_named(build, message):
 def test_no_tensorflow_and_no_torch_were_needed(prepared):
     assert len(prepared.rows("train"))
     assert not {"tensorflow", "torch"} & set(sys.modules)
+
+
+@pytest.mark.parametrize(("multiple", "end"), [(8, 256), (100, 256), (1, None)])
+def test_buckets_are_chosen_from_training_and_hold_every_row(prepared, multiple, end):
+    config = PipelineConfig(rows_per_batch=4, bucket_multiple=multiple)
+    pipelines = [make_pipeline(prepared, split, config) for split in SPLITS]
+    train = pipelines[0]
+    longest = max(prepared.lengths(split)[0].max() for split in SPLITS)
+    assert train.config.buckets[-1] == (end or longest)
+    assert all(p.config.buckets == train.config.buckets for p in pipelines)
+    # Rows are too few and short for more than multiples of 1.
+    assert train.padding <= config.max_padding or multiple > 1
+    assert all(length % multiple == 0 for length in train.config.buckets[:-1])
+    named = dataclasses.replace(config, buckets=(64, 256))
+    assert make_pipeline(prepared, "train", named).config.buckets == (64, 256)

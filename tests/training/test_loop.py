@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -155,6 +156,47 @@ def test_a_row_with_more_targets_than_slots_is_refused():
     steps = CompiledSteps(tiny.setup(), lambda length: 4)
     with pytest.raises(ValueError, match=r"has 9 maskable tokens, more than its 4 target slots"):
         steps.train(tiny.fresh_state(), tiny.batch(), jax.random.key(0), True)
+
+
+def test_batches_are_put_on_the_device_ahead_by_another_thread(tmp_path, monkeypatch):
+    put, made, taken = CompiledSteps.put, [], []
+
+    def recording(steps, batch):
+        placed = put(steps, batch)
+        made.append((threading.current_thread(), placed))
+        return placed
+
+    def take(steps, state, batch, key, report):
+        taken.append((batch, len(made)))
+        return run(steps, state, batch, key, report)
+
+    run = CompiledSteps.train
+    monkeypatch.setattr(CompiledSteps, "put", recording)
+    monkeypatch.setattr(CompiledSteps, "train", take)
+    tiny.run(tmp_path, steps=4, validate_every=0)
+    assert all(thread is not threading.main_thread() for thread, _ in made)
+    assert [batch for batch, _ in taken] == [placed for _, placed in made]
+    for step, (batch, _) in enumerate(taken):
+        wanted = tiny.Data().batch_at(step)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch.device))
+        for given in (batch.host, batch.device):
+            jax.tree.map(np.testing.assert_array_equal, given, wanted)
+
+
+def test_a_bad_row_stops_the_run_at_its_step(tmp_path):
+    class Long(tiny.Data):
+        """From the fourth step on, rows have more targets than was promised."""
+
+        def target_capacity(self, length):
+            return length - 3 if length == 8 else 99
+
+        def batch_at(self, step):
+            batch = super().batch_at(step)
+            return batch if step != 6 else batch.replace(maskable=batch.valid)
+
+    with pytest.raises(ValueError, match=r"length 8 has 8 maskable tokens, more than its 5 target"):
+        tiny.run(tmp_path, data=Long(), validate_every=0)
+    assert lines_of(tmp_path)[-1]["step"] == 6
 
 
 def test_the_best_step_is_loaded(tmp_path, undisturbed):

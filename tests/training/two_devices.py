@@ -41,6 +41,8 @@ def main(name):
     first, frozen = start(name)
     expected = jax.device_get(on_one(first, batch, key, True, frozen=frozen))
     steps = CompiledSteps(setup, lambda length: length, frozen)
+    shards = steps.put(batch).device.tokens.addressable_shards
+    assert {shard.device for shard in shards} == set(jax.local_devices())
     found = jax.device_get(steps.train(steps.place(start(name)[0]), batch, key, True))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), *(
         (after.theta, metrics) for after, metrics in (found, expected)
