@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memdlm_jax import partitioning
 from memdlm_jax.models.attention import Attention, KeysAndValues, pick
 from memdlm_jax.models.config import Run, TransformerConfig, runs_of
 from memdlm_jax.models.layers import RMSNorm, SwiGLU
@@ -56,7 +57,7 @@ class Block(nn.Module):
         else:
             mlp = Mixture(parts, *inits, name="mlp")
         fed = mlp(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
-        x = x + fed
+        x = partitioning.constrain(x + fed, "rows", "length", None)
         for name, value in (("attention", mixed), ("feed_forward", fed), ("hidden", x)):
             self.sow("intermediates", f"sown_{name}", value)
         return x, own if self.keep else None
