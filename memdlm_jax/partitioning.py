@@ -73,8 +73,10 @@ def activation_spec(mesh: AbstractMesh, shape: tuple[int, ...], names: tuple[str
         axes of rows.
     """
     free = PartitionSpec.UNCONSTRAINED
-    parts = [None if name is None else _axes(mesh, size, name) or free
-             for size, name in zip(shape, names, strict=False)]
+    parts = [
+        None if name is None else _axes(mesh, size, name) or free
+        for size, name in zip(shape, names, strict=False)
+    ]
     return PartitionSpec(*parts, *[free] * (len(shape) - len(parts)))
 
 
@@ -106,9 +108,7 @@ def constrain_tree(tree: Any, *names: str | None) -> Any:
     return jax.tree.map(lambda leaf: constrain(leaf, *names[: leaf.ndim]), tree)
 
 
-def map_groups(
-    function: Callable, groups: int, in_axes: Any = 0, out_axes: Any = 0
-) -> Callable:
+def map_groups(function: Callable, groups: int, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
     """``jax.vmap`` over memories; on a mesh that divides them each device maps its own.
 
     Sharding constraints and ``shard_map`` inside then give the mapped dimension the axes of rows

@@ -259,9 +259,7 @@ class Attention(nn.Module):
         key = rotary(key, position_ids, s.rope_theta, s.rotary_channels)
         query = partitioning.constrain(query, "rows", "length", "heads", None)
         # Every query asks the keys of the whole row.
-        key, value = (
-            partitioning.constrain(x, "rows", None, "heads", None) for x in (key, value)
-        )
+        key, value = (partitioning.constrain(x, "rows", None, "heads", None) for x in (key, value))
         # For ``Transformer.inspect``; without that collection nothing is kept or computed.
         for name, part in (("query", query), ("key", key), ("value", value)):
             self.sow("intermediates", f"sown_{name}", part)

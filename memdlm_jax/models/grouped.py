@@ -71,9 +71,7 @@ def grouped_matmul(
     operands = x.astype(dtype), w.astype(dtype), index.astype(jnp.int32)
     if _is_dense(implementation):
         return _dense_matmul(*operands)
-    return _matmul.bind(
-        *operands, is_sorted=is_sorted, strays=strays, precision=_precision()
-    )
+    return _matmul.bind(*operands, is_sorted=is_sorted, strays=strays, precision=_precision())
 
 
 def grouped_outer(

@@ -138,9 +138,7 @@ class SwiGLU(nn.Module):
         def linear(name: str, features: int, init: Initializer) -> nn.Module:
             sizes = features, init, self.param_dtype
             if self.num_experts:
-                return ExpertLinear(
-                    *sizes, self.num_experts, self.dispatch, self.strays, name=name
-                )
+                return ExpertLinear(*sizes, self.num_experts, self.dispatch, self.strays, name=name)
             return Linear(*sizes, name=name)
 
         gate = linear("gate_proj", self.hidden_features, self.kernel_init)(x, *index)

@@ -242,7 +242,9 @@ class Transformer:
 
     def _trunk(self, theta, tokens, attend, position_ids, split: int, cache=None, own=None):
         theta = merged(theta)
-        hidden = theta["embedding"][tokens].astype(self.config.dtype)
+        # Rows are divided along the axis that divides the table's width: one of them has to move.
+        table = partitioning.constrain(theta["embedding"], "vocab", None)
+        hidden = table[tokens].astype(self.config.dtype)
         hidden = partitioning.constrain(hidden, "rows", "length", None)
         hidden = self.layers(theta, None, hidden, attend, position_ids, 0, split, None, cache, own)
         # A model without a head layer ends here.

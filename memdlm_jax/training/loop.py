@@ -20,6 +20,7 @@ import tqdm
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from memdlm_jax.training.metrics import MetricsWriter
 from memdlm_jax.training.parallel import CompiledSteps, most_targets
+from memdlm_jax.training.sharding import MeshConfig
 from memdlm_jax.training.speed import Speed, Trace
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import Metrics, StepSetup, metrics_of
@@ -118,6 +119,7 @@ def run(
     identity: Mapping[str, Any] | None = None,
     probe: Probe | None = None,
     frozen: Theta = None,
+    mesh: MeshConfig | None = None,
 ) -> Result:
     """Train to ``config.steps``, resuming from the newest good checkpoint of ``config.output``.
 
@@ -135,6 +137,8 @@ def run(
         probe: further numbers of ``state.theta`` to log at every validation.
         frozen: the part of theta that is not trained, see ``step.train_step``; it is in no
             checkpoint, so ``identity`` has to tell it.
+        mesh: how to divide parameters and rows over the devices, see ``CompiledSteps``; a run may
+            go on on another mesh.
 
     Returns:
         The last state, and which step validated best.
@@ -145,7 +149,7 @@ def run(
             state are not those of the checkpoint.
     """
     with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
-        steps = CompiledSteps(setup, capacity_for(data, validation), frozen)
+        steps = CompiledSteps(setup, capacity_for(data, validation), frozen, mesh)
         progress = _restored(checkpoints, steps.place(state))
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
             loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)

@@ -105,9 +105,7 @@ class _OnMesh:
         return compile_ready(self.layout, function, donate, tree)
 
 
-def compile_ready(
-    layout: Layout, function: Callable, donate: tuple[int, ...], tree: Any
-) -> Any:
+def compile_ready(layout: Layout, function: Callable, donate: tuple[int, ...], tree: Any) -> Any:
     """``jax.jit`` of a step over a mesh, not yet traced.
 
     Args:

@@ -19,7 +19,7 @@ from memdlm_jax.partitioning import AXES, PARAMETER_AXIS_OF
 from memdlm_jax.typing import Batch
 
 LARGEST_REPLICATED = 64 * 2**20
-"""Bytes of an array; a larger one must not lie whole on every device because it cannot be divided."""
+"""Bytes of an array: no larger one may lie whole on every device for want of a divisor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Layout:
         return self._placed(path, leaf)[0]
 
     def shardings(self, tree: Any) -> Any:
-        """``NamedSharding`` of every leaf of theta, a state, or a part of them; raises as ``spec``."""
+        """``NamedSharding`` of every leaf of theta, of a state or of a part; raises as ``spec``."""
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: NamedSharding(self.mesh, self.spec(_name(path), leaf)), tree
         )
@@ -178,9 +178,7 @@ class Layout:
 
     def replicated_bytes(self, tree: Any) -> dict[str, int]:
         """Path -> bytes of the arrays that lie whole on every device."""
-        return {
-            path: _bytes(leaf) for path, leaf in _named(tree) if not any(self.spec(path, leaf))
-        }
+        return {path: _bytes(leaf) for path, leaf in _named(tree) if not any(self.spec(path, leaf))}
 
     def _placed(self, path: str, leaf: Any) -> tuple[PartitionSpec, list[Whole]]:
         names = partitioning.parameter_dimensions(path, len(leaf.shape))

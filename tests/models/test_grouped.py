@@ -102,7 +102,7 @@ def test_any_number_of_rows_in_one_group(num_rows, group):
 def test_strays_cost_nothing_and_count_nowhere(name, is_sorted):
     """Rows of no group, also where each example has groups of its own, and in derivatives."""
     product, loop, operands = PRODUCTS[name]
-    index = np.stack([np.where(INDEX == group, GROUPS + group, INDEX) for group in (0, 2, 4)])
+    index = np.stack([np.where(group == INDEX, GROUPS + group, INDEX) for group in (0, 2, 4)])
     index = np.sort(index, axis=-1) if is_sorted else index
     here = index < GROUPS
 
@@ -128,7 +128,9 @@ def test_strays_cost_nothing_and_count_nowhere(name, is_sorted):
         one = functools.partial(run, implementation=implementation)
         return jnp.sum(jnp.sin(jax.vmap(one)(*operands, index)))
 
-    ours, dense = (jax.grad(functools.partial(loss, i), (0, 1))(*several) for i in ("ragged", "dense"))
+    ours, dense = (
+        jax.grad(functools.partial(loss, i), (0, 1))(*several) for i in ("ragged", "dense")
+    )
     jax.tree.map(close, ours, dense)
 
 
