@@ -135,6 +135,21 @@ def build(kind: type[T], settings: Mapping[str, Any], path: str = "config") -> T
         raise ValueError(f"{path}: {error}") from error
 
 
+def drop_disabled(settings: dict[str, Any], name: str, kind: type) -> None:
+    """Replace a section by ``None`` where its ``enabled`` is False or it is missing, in place.
+
+    Raises:
+        TypeError, KeyError, ValueError: ``enabled`` is no bool, or what is dropped is ill-formed.
+    """
+    section = settings.get(name) or {}
+    enabled = section.pop("enabled", bool(section))
+    if type(enabled) is not bool:
+        raise TypeError(f"config.{name}.enabled={enabled!r} must be bool")
+    if not enabled:
+        build(kind, section, f"config.{name}")  # a typo is an error all the same
+        settings[name] = None
+
+
 def _required(field: dataclasses.Field) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing

@@ -17,6 +17,7 @@ from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.quantize import quantize, quantized_tree
 from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.training.sharding import MeshConfig
 from memdlm_jax.typing import Theta, partition
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,11 @@ def resolve(settings: dict[str, Any], *names: str) -> None:
 def lora_defaults() -> config_dict.ConfigDict:
     """The ``lora`` section of scripts that train: all settings, as the public script has them."""
     return config_dict.ConfigDict(dataclasses.asdict(LoraConfig()))
+
+
+def mesh_defaults() -> config_dict.ConfigDict:
+    """The ``mesh`` section of scripts that train: all rows divided, nothing else."""
+    return config_dict.ConfigDict(dataclasses.asdict(MeshConfig()))
 
 
 def tokenizer_folder(folder: str, under: str = "") -> Path:

@@ -21,6 +21,7 @@ import jax
 from ml_collections import config_dict
 
 from experiments import _cli, _memory, _model
+from memdlm_jax import partitioning
 from memdlm_jax.checkpoints import hugging_face, peft
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline, resolved
 from memdlm_jax.data.prepare import DataConfig, PreparedData, prepare
@@ -36,6 +37,7 @@ from memdlm_jax.training import fit, loop
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import Result, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
+from memdlm_jax.training.sharding import Layout, MeshConfig
 from memdlm_jax.training.step import StepSetup
 from memdlm_jax.typing import Batch, Partitioned, Theta, merged, partition
 
@@ -63,6 +65,8 @@ class FinetuneConfig:
         remat: what the backward pass recomputes, see ``TransformerConfig``.
         vocab_chunk: tokens of the vocabulary that the loss takes at a time; 0 takes all.
         validation_batches: batches of the validation split to score.
+        mesh: how to divide parameters and rows over the devices; ``None`` for whole parameters on
+            every device.
     """
 
     init: str
@@ -80,6 +84,7 @@ class FinetuneConfig:
     remat: Remat = "none"
     vocab_chunk: int = 0
     validation_batches: int = 16
+    mesh: MeshConfig | None = None
 
     def __post_init__(self):
         if not self.init:
@@ -97,30 +102,26 @@ class FinetuneConfig:
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> FinetuneConfig:
-    """Build the settings; ``enabled = False`` drops the rest of ``memory`` or ``lora``.
+    """Build the settings; ``enabled = False`` drops the rest of ``memory``, ``lora`` or ``mesh``.
 
     Raises:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
     _model.resolve(settings, "init", "under")
-    for name, kind in (("memory", MemoryConfig), ("lora", LoraConfig)):
-        section = settings.get(name) or {}
-        enabled = section.pop("enabled", bool(section))
-        if type(enabled) is not bool:
-            raise TypeError(f"config.{name}.enabled={enabled!r} must be bool")
-        if not enabled:
-            _cli.build(kind, section, f"config.{name}")  # a typo is an error all the same
-            settings[name] = None
+    for name, kind in (("memory", MemoryConfig), ("lora", LoraConfig), ("mesh", MeshConfig)):
+        _cli.drop_disabled(settings, name, kind)
     return _cli.build(FinetuneConfig, settings)
 
 
 def finetune(config: FinetuneConfig) -> Result:
     """Train, resuming what is there, and export the best weights if the run came to its end."""
-    rows = config.pipeline.rows_per_batch // jax.local_device_count()
-    rows = max(1, rows // config.optimizer.accumulation)
+    mesh = config.mesh
+    layout = None if mesh is None else Layout(mesh.build(jax.local_devices()))
+    shards = partitioning.row_shards(layout.mesh) if layout else jax.local_device_count()
+    rows = max(1, config.pipeline.rows_per_batch // shards // config.optimizer.accumulation)
     if (limit := fit.device_bytes()) is not None:
-        fit.require(need_of(config, rows), limit)
+        fit.require(need_of(config, rows, layout), limit)
     denoiser, theta = model_of(config)
     prepared = prepared_for(config, denoiser)
     train = make_pipeline(prepared, "train", config.pipeline)
@@ -139,7 +140,9 @@ def finetune(config: FinetuneConfig) -> Result:
     if isinstance(theta, Partitioned):
         trained, frozen = theta.trainable, theta.frozen
     state = states.create(learned.join(trained, inner), config.optimizer)
-    result = loop.run(config.train, setup, state, train, validation, identity, frozen=frozen)
+    result = loop.run(config.train, setup, state, train, validation, identity, frozen=frozen,
+        mesh=config.mesh,
+    )  # fmt: skip
     if result.finished:
         best = loop.load_best(config.train, setup, result, validation, identity)
         folder = Path(config.train.output) / "best"
@@ -152,14 +155,14 @@ def finetune(config: FinetuneConfig) -> Result:
     return result
 
 
-def need_of(config: FinetuneConfig, rows: int) -> fit.Need:
+def need_of(config: FinetuneConfig, rows: int, layout: Layout | None = None) -> fit.Need:
     """What the run holds on a device with so many rows, before anything is loaded."""
     below = hugging_face.base_of(config.init, config.under or None)
     denoiser = _model.described(str(below))
     theta = _model.shapes(denoiser, config.base, config.lora)
     if isinstance(theta, Partitioned):
-        return fit.needed(denoiser, theta.trainable, theta.frozen, config.memory, rows)
-    return fit.needed(denoiser, theta, None, config.memory, rows)
+        return fit.needed(denoiser, theta.trainable, theta.frozen, config.memory, rows, layout)
+    return fit.needed(denoiser, theta, None, config.memory, rows, layout)
 
 
 def model_of(config: FinetuneConfig) -> tuple[Transformer, Theta]:

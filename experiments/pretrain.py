@@ -34,6 +34,7 @@ from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import Result, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.pretraining import PretrainingData
+from memdlm_jax.training.sharding import MeshConfig
 from memdlm_jax.training.step import StepSetup
 from memdlm_jax.typing import Theta
 
@@ -58,6 +59,8 @@ class PretrainConfig:
         tokenizer: its file; trained and stored there if missing. Empty is OUTPUT/tokenizer.json.
         validation_batches: held-out batches, text and needles.
         probe: needle questions asked at every validation, with words and filler of their own.
+        mesh: how to divide parameters and rows over the devices; ``None`` for whole parameters on
+            every device.
     """
 
     model: LLaDAConfig
@@ -72,6 +75,7 @@ class PretrainConfig:
     probe: NeedleSuite = dataclasses.field(
         default_factory=lambda: NeedleSuite(task=NeedleConfig(split="validation"))
     )
+    mesh: MeshConfig | None = None
 
     def __post_init__(self):
         if self.validation_batches < 0:
@@ -84,7 +88,10 @@ class PretrainConfig:
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> PretrainConfig:
-    """Build the settings; ``induction.enabled = False`` asks for an ordinary initialisation.
+    """Build the settings.
+
+    ``induction.enabled = False`` asks for an ordinary initialisation, ``mesh.enabled = False`` for
+    no mesh.
 
     Raises:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
@@ -93,6 +100,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> PretrainConfig:
     structured = settings.get("induction") or {"enabled": False}
     if not structured.pop("enabled", True):
         settings["induction"] = None
+    _cli.drop_disabled(settings, "mesh", MeshConfig)
     return _cli.build(PretrainConfig, settings)
 
 
@@ -111,7 +119,9 @@ def run(config: PretrainConfig) -> tuple[Path, Result]:
     identity = identity_of(config, data)
     state = states.create(first_theta(config, denoiser), config.optimizer)
     probe = needle_probe(config.probe, denoiser, tokenizer, data.held_out_sentences, output)
-    result = loop.run(config.train, setup, state, data.train, data.validation, identity, probe)
+    result = loop.run(config.train, setup, state, data.train, data.validation, identity, probe,
+        mesh=config.mesh,
+    )  # fmt: skip
     return export(output / "model", denoiser, result.state.theta, tokenizer), result
 
 

@@ -58,6 +58,9 @@ def get_config() -> config_dict.ConfigDict:
     config.lora = _model.lora_defaults()
     config.lora.enabled = False
 
+    config.mesh = _model.mesh_defaults()
+    config.mesh.enabled = False
+
     config.schedule = config_dict.ConfigDict()
     config.schedule.minimum_time = 1e-3
     config.schedule.sampling = "iid"

@@ -87,6 +87,9 @@ def _retrieval() -> ConfigDict:
             "peak_flops": 0.0,
         }
     )
+    config.mesh = ConfigDict(
+        {"enabled": False, "data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "sequence": 1}
+    )
     config.probe = ConfigDict(
         {
             "task": {"split": "validation"},

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from memdlm_jax import partitioning
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.typing import (
     Cache,
@@ -147,7 +148,8 @@ def init(key: Key, denoiser: Denoiser, config: MemoryConfig, groups: int, dtype=
         flat[(*path.split("/"), "delta")] = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, (groups, *leaf.shape)), delta
         )
-    return flax.traverse_util.unflatten_dict(flat)
+    phi = flax.traverse_util.unflatten_dict(flat)
+    return partitioning.constrain_tree(phi, "rows")
 
 
 def adapted_paths(denoiser: Denoiser, config: MemoryConfig) -> list[str]:
@@ -218,12 +220,13 @@ def head_with_memory(
     """
     if phi is None:
         return _head(denoiser, theta, None, hidden, at, valid, position_ids, split, entered)
-    rows = group_rows((hidden, at, valid, position_ids), number_of_groups(phi))
+    groups = number_of_groups(phi)
+    rows = group_rows((hidden, at, valid, position_ids), groups)
 
     def one_group(phi, rows):
         return _head(denoiser, theta, phi, *rows, split, entered)
 
-    return ungroup_rows(jax.vmap(one_group)(phi, rows))
+    return ungroup_rows(partitioning.map_groups(one_group, groups)(phi, rows))
 
 
 def head_at(
@@ -294,7 +297,7 @@ def cached_head_with_memory(
 
     # Leaves of a cache have their rows behind the layers.
     parted = jax.tree.map(lambda x: x.reshape(x.shape[0], groups, -1, *x.shape[2:]), cache)
-    mapped = jax.vmap(one_group, (0, 0, 1), (0, 1))
+    mapped = partitioning.map_groups(one_group, groups, (0, 0, 1), (0, 1))
     last, own = mapped(phi, group_rows(inputs, groups), parted)
     joined = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), own)
     return ungroup_rows(last), joined

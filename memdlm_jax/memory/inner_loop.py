@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from memdlm_jax import partitioning
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.losses import InnerLoss
@@ -79,6 +80,7 @@ def adapt(
         grads = _harmless(fine, grads)
         updates, new_state = jax.vmap(optimizer.update)(grads, optimizer_state, phi)
         phi = _where(fine, optax.apply_updates(phi, updates), phi)
+        phi = partitioning.constrain_tree(phi, "rows")
         loss = jax.lax.stop_gradient(loss)
         after = jnp.full_like(loss, jnp.nan) if measure is None else measure(theta, phi, state)
         kept = phi, _where(fine, new_state, optimizer_state)
@@ -184,7 +186,7 @@ def measured(loss: InnerLoss, wanted: bool | jax.Array, axis_name: str | None = 
         theta, phi, state = jax.lax.stop_gradient((theta, phi, state))
 
         def compute():
-            return jax.vmap(loss, in_axes=(None, 0, 0))(theta, phi, state)
+            return _losses(loss, theta, phi, state)
 
         unknown = jax.eval_shape(compute)
         unknown = jnp.full(unknown.shape, jnp.nan, unknown.dtype)
@@ -279,10 +281,16 @@ def _weighted(loss: InnerLoss):
     """(theta, phi, state, weights [g]) -> (weighted sum of the groups' losses, losses [g])."""
 
     def total(theta, phi, state, weights):
-        losses = jax.vmap(loss, in_axes=(None, 0, 0))(theta, phi, state)
+        losses = _losses(loss, theta, phi, state)
         return jnp.sum(losses * weights.astype(losses.dtype)), losses
 
     return total
+
+
+def _losses(loss: InnerLoss, theta: Theta, phi: Phi, state: Any) -> jax.Array:
+    """Losses of all groups, [g]."""
+    groups = fast_weights.number_of_groups(phi)
+    return partitioning.map_groups(loss, groups, (None, 0, 0))(theta, phi, state)
 
 
 def _over_devices(tree, axis_name: str | None):

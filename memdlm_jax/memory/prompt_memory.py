@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from memdlm_jax import partitioning
 from memdlm_jax.diffusion import masking
 from memdlm_jax.memory import fast_weights, inner_loop, learned, losses, meta_gradient, walk
 from memdlm_jax.memory import trajectory as trajectories
@@ -104,7 +105,8 @@ def write_prompts(
             phi, record = write_prompt(key, denoiser, config, theta, *rows, inner=inner, phi=phi)
         return jax.tree.map(lambda leaf: leaf[0], phi), jax.tree.map(lambda x: x[..., 0], record)
 
-    return jax.vmap(write, out_axes=(0, -1))(keys, tokens, valid, phi)
+    mapped = partitioning.map_groups(write, len(tokens), out_axes=(0, -1))
+    return mapped(keys, tokens, valid, phi)
 
 
 def _write_pieces(key, denoiser, config, theta, tokens, valid, inner, phi):

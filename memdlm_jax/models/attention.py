@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memdlm_jax import partitioning
 from memdlm_jax.models.layers import Initializer, Linear, RMSNorm
 
 KeysAndValues = tuple[jax.Array, jax.Array]
@@ -256,6 +257,9 @@ class Attention(nn.Module):
         asking = position_ids if at is None else pick(position_ids, at)
         query = rotary(query, asking, s.rope_theta, s.rotary_channels)
         key = rotary(key, position_ids, s.rope_theta, s.rotary_channels)
+        query = partitioning.constrain(query, "rows", "length", "heads", None)
+        # Every query asks the keys of the whole row.
+        key, value = (partitioning.constrain(x, "rows", None, "heads", None) for x in (key, value))
         # For ``Transformer.inspect``; without that collection nothing is kept or computed.
         for name, part in (("query", query), ("key", key), ("value", value)):
             self.sow("intermediates", f"sown_{name}", part)

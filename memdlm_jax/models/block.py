@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memdlm_jax import partitioning
 from memdlm_jax.models.attention import Attention, KeysAndValues, pick
 from memdlm_jax.models.config import Run, TransformerConfig, runs_of
 from memdlm_jax.models.layers import RMSNorm, SwiGLU
@@ -68,8 +69,9 @@ class Block(nn.Module):
             mlp = Mixture(parts, *inits, name="mlp")
         fed = mlp(RMSNorm(c.norm_epsilon, inits[-1], name="mlp_norm")(x))
         self.sow("intermediates", "sown_feed_forward", fed)
-        self.sow("intermediates", "sown_hidden", x + fed)
-        return x + fed
+        x = partitioning.constrain(x + fed, "rows", "length", None)
+        self.sow("intermediates", "sown_hidden", x)
+        return x
 
     def _initialisers(self):
         """Of matrices, of those that write to the residual stream, and their dtype."""

@@ -24,6 +24,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from memdlm_jax.models.grouped_blocks import blocked_matmul, blocked_outer, wide_dtype
+
 Implementation = Literal["ragged", "dense"]
 
 
@@ -33,6 +35,7 @@ def grouped_matmul(
     index: jax.Array,
     *,
     is_sorted: bool = False,
+    strays: bool = False,
     implementation: Implementation = "ragged",
 ) -> jax.Array:
     """Multiply every row by the matrix of its group: ``y[t] = x[t] @ w[index[t]]``.
@@ -47,6 +50,8 @@ def grouped_matmul(
             is raised, where it is out of range.
         is_sorted: ``index`` is already ascending (undefined result where it is not), so that no
             row need be moved.
+        strays: an index of e or more is in range too: such a row belongs to no group, costs no
+            product and comes out as zeros.
         implementation: ``ragged`` computes each row's own product; ``dense`` those with all
             groups, in plain ``jnp``, for checks and as a fallback.
 
@@ -66,7 +71,7 @@ def grouped_matmul(
     operands = x.astype(dtype), w.astype(dtype), index.astype(jnp.int32)
     if _is_dense(implementation):
         return _dense_matmul(*operands)
-    return _matmul.bind(*operands, is_sorted=is_sorted, precision=_precision())
+    return _matmul.bind(*operands, is_sorted=is_sorted, strays=strays, precision=_precision())
 
 
 def grouped_outer(
@@ -76,6 +81,7 @@ def grouped_outer(
     *,
     num_groups: int,
     is_sorted: bool = False,
+    strays: bool = False,
     implementation: Implementation = "ragged",
 ) -> jax.Array:
     """Sum outer products over the rows of each group: ``sum_t [index[t] = e] x[t] y[t]^T``.
@@ -86,6 +92,7 @@ def grouped_outer(
         index: [t] integer in [0, num_groups), as for ``grouped_matmul``.
         num_groups: e >= 1; the sum of a group without rows is zero.
         is_sorted: as for ``grouped_matmul``.
+        strays: as for ``grouped_matmul``; such a row adds to no sum.
         implementation: as for ``grouped_matmul``.
 
     Returns:
@@ -107,7 +114,7 @@ def grouped_outer(
     if _is_dense(implementation):
         return _dense_outer(*operands, num_groups)
     return _outer.bind(
-        *operands, num_groups=num_groups, is_sorted=is_sorted, precision=_precision()
+        *operands, num_groups=num_groups, is_sorted=is_sorted, strays=strays, precision=_precision()
     )
 
 
@@ -139,19 +146,15 @@ def _precision() -> str | None:
     return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _dense_matmul(x: jax.Array, w: jax.Array, index: jax.Array) -> jax.Array:
     chosen = jax.nn.one_hot(index, w.shape[0], dtype=x.dtype)
-    y = jnp.einsum("te,ti,eio->to", chosen, x, w, preferred_element_type=_wide(x.dtype))
+    y = jnp.einsum("te,ti,eio->to", chosen, x, w, preferred_element_type=wide_dtype(x.dtype))
     return y.astype(x.dtype)
 
 
 def _dense_outer(x: jax.Array, y: jax.Array, index: jax.Array, num_groups: int) -> jax.Array:
     chosen = jax.nn.one_hot(index, num_groups, dtype=x.dtype)
-    w = jnp.einsum("te,ti,to->eio", chosen, x, y, preferred_element_type=_wide(x.dtype))
+    w = jnp.einsum("te,ti,to->eio", chosen, x, y, preferred_element_type=wide_dtype(x.dtype))
     return w.astype(x.dtype)
 
 
@@ -218,24 +221,34 @@ def _merge(a: jax.Array) -> jax.Array:
 
 def _own_groups(index: jax.Array, num_groups: int) -> jax.Array:
     """[B, t] -> [B * t]: each example has groups of its own, in ascending order."""
-    return _merge(index + num_groups * jnp.arange(index.shape[0], dtype=index.dtype)[:, None])
+    size = index.shape[0]
+    own = index + num_groups * jnp.arange(size, dtype=index.dtype)[:, None]
+    return _merge(jnp.where(index < num_groups, own, size * num_groups))
 
 
-def _matmul_batch(args: Any, axes: Any, *, is_sorted: bool, **parameters: Any):
+def _matmul_batch(args: Any, axes: Any, *, is_sorted: bool, strays: bool, precision: str | None):
+    parameters = {"strays": strays, "precision": precision}
     if axes[1] is None:
         (x, index), size = _leading(args[::2], axes[::2])
         y = _matmul.bind(_merge(x), args[1], _merge(index), is_sorted=False, **parameters)
     else:
         (x, w, index), size = _leading(args, axes)
         index = _own_groups(index, w.shape[1])
-        y = _matmul.bind(_merge(x), _merge(w), index, is_sorted=is_sorted, **parameters)
+        # The strays of one example stand before the groups of the next.
+        stays = is_sorted and not strays
+        y = _matmul.bind(_merge(x), _merge(w), index, is_sorted=stays, **parameters)
     return y.reshape(size, x.shape[1], y.shape[1]), 0
 
 
-def _outer_batch(args: Any, axes: Any, *, num_groups: int, **parameters: Any):
+def _outer_batch(
+    args: Any, axes: Any, *, num_groups: int, is_sorted: bool, strays: bool, precision: str | None
+):
     (x, y, index), size = _leading(args, axes)
     index = _own_groups(index, num_groups)
-    w = _outer.bind(_merge(x), _merge(y), index, num_groups=size * num_groups, **parameters)
+    w = _outer.bind(
+        _merge(x), _merge(y), index, num_groups=size * num_groups,
+        is_sorted=is_sorted and not strays, strays=strays, precision=precision,
+    )  # fmt: skip
     return w.reshape(size, num_groups, *w.shape[1:]), 0
 
 
@@ -268,22 +281,27 @@ def _sizes(index: jax.Array, num_groups: int) -> jax.Array:
     return jnp.bincount(index, length=num_groups).astype(jnp.int32)
 
 
-def _lower_matmul(product: Callable, x, w, index, *, is_sorted: bool, precision: str | None):
+def _lower_matmul(
+    product: Callable, x, w, index, *, is_sorted: bool, precision: str | None, strays: bool = False
+):
     """``product(x, w, sizes) -> [t, out]`` of sorted rows, made a product of rows in any order."""
     if x.shape[0] == 0:
         return jnp.zeros((0, w.shape[2]), x.dtype)
     sizes = _sizes(index, w.shape[0])
+    order = None if is_sorted else jnp.argsort(index, stable=True)
     with jax.default_matmul_precision(precision):
-        if is_sorted:
-            return product(x, w, sizes)
-        order = jnp.argsort(index, stable=True)
-        return product(x[order], w, sizes)[jnp.argsort(order)]
+        y = product(x if order is None else x[order], w, sizes)
+    if strays:  # They stand last; what a product leaves there differs between platforms.
+        y = jnp.where((jnp.arange(y.shape[0]) < jnp.sum(sizes))[:, None], y, 0)
+    return y if order is None else y[jnp.argsort(order)]
 
 
 def _lower_outer(
-    product: Callable, x, y, index, *, num_groups: int, is_sorted: bool, precision: str | None
-):
+    product: Callable, x, y, index, *, num_groups: int, is_sorted: bool, precision: str | None,
+    strays: bool = False,
+):  # fmt: skip
     """``product(x, y, sizes) -> [e, in, out]`` of sorted rows, for rows in any order."""
+    del strays  # Behind all groups, where no product looks.
     if x.shape[0] == 0:
         return jnp.zeros((num_groups, x.shape[1], y.shape[1]), x.dtype)
     if not is_sorted:
@@ -294,7 +312,7 @@ def _lower_outer(
 
 
 def _ragged_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return lax.ragged_dot(x, w, sizes, preferred_element_type=_wide(x.dtype)).astype(x.dtype)
+    return lax.ragged_dot(x, w, sizes, preferred_element_type=wide_dtype(x.dtype)).astype(x.dtype)
 
 
 _OUTER = lax.RaggedDotDimensionNumbers(
@@ -305,7 +323,7 @@ _OUTER = lax.RaggedDotDimensionNumbers(
 
 
 def _ragged_outer(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
-    wide = _wide(x.dtype)
+    wide = wide_dtype(x.dtype)
     w = lax.ragged_dot_general(x, y, sizes, _OUTER, preferred_element_type=wide)
     return w.astype(x.dtype)
 
@@ -323,76 +341,14 @@ def _tiled_outer(x: jax.Array, y: jax.Array, sizes: jax.Array, interpret: bool =
     return tgmm(x.T, y, sizes, x.dtype, tiles, interpret=interpret)
 
 
-# XLA has no ragged product on the CPU: it computes every row with every group, from copies of
-# all rows for each. A loop over blocks of rows with one group each takes its place there.
-
-BLOCK = 16  # rows; near the fastest (measured: 8 to 256) from 1 to 512 rows per group
-
-
-def _blocks(num_rows: int, sizes: jax.Array) -> tuple[jax.Array, Callable]:
-    """Divide sorted rows into blocks that start within one group.
-
-    Returns:
-        the number of blocks, and block number -> (group, first row, rows left of the group); a
-        block overruns its group where less than a block is left.
-    """
-    groups = sizes.shape[0]
-    counts = -(-sizes // BLOCK)
-    first, start = jnp.cumsum(counts) - counts, jnp.cumsum(sizes) - sizes
-    most = num_rows // BLOCK + min(groups, num_rows)
-    group_of = jnp.repeat(jnp.arange(groups), counts, total_repeat_length=most)
-
-    def block(number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        group = group_of[number]
-        skip = (number - first[group]) * BLOCK
-        return group, start[group] + skip, sizes[group] - skip
-
-    return jnp.sum(counts), block
-
-
-def _blocked_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Blocks ascend, so the rows that one computes past its group are overwritten by the next."""
-    num_blocks, block = _blocks(x.shape[0], sizes)
-    padded = jnp.pad(x, ((0, BLOCK), (0, 0)))
-
-    def step(number: jax.Array, y: jax.Array) -> jax.Array:
-        group, start, _ = block(number)
-        taken = lax.dynamic_slice_in_dim(padded, start, BLOCK)
-        part = jnp.matmul(taken, w[group], preferred_element_type=_wide(x.dtype))
-        return lax.dynamic_update_slice_in_dim(y, part.astype(x.dtype), start, 0)
-
-    y = jnp.zeros((padded.shape[0], w.shape[2]), x.dtype)
-    return lax.fori_loop(0, num_blocks, step, y)[: x.shape[0]]
-
-
-def _blocked_outer(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Rows past the group are set to zero on both sides, as they may hold infinities."""
-    wide = _wide(x.dtype)
-    num_blocks, block = _blocks(x.shape[0], sizes)
-    x_padded, y_padded = (jnp.pad(a, ((0, BLOCK), (0, 0))) for a in (x, y))
-
-    def step(number: jax.Array, w: jax.Array) -> jax.Array:
-        group, start, left = block(number)
-        keep = (jnp.arange(BLOCK) < left)[:, None]
-        x_part, y_part = (
-            jnp.where(keep, lax.dynamic_slice_in_dim(a, start, BLOCK), 0)
-            for a in (x_padded, y_padded)
-        )
-        part = jnp.matmul(x_part.T, y_part, preferred_element_type=wide)
-        return w.at[group].add(part)
-
-    w = jnp.zeros((sizes.shape[0], x.shape[1], y.shape[1]), wide)
-    return lax.fori_loop(0, num_blocks, step, w).astype(x.dtype)
-
-
 def _register(primitive: Primitive, lower: Callable, ragged: Callable, blocked: Callable) -> None:
     for product, platform in ((ragged, None), (blocked, "cpu")):
         lowering = mlir.lower_fun(functools.partial(lower, product), multiple_results=False)
         mlir.register_lowering(primitive, lowering, platform=platform)
 
 
-_register(_matmul, _lower_matmul, _ragged_matmul, _blocked_matmul)
-_register(_outer, _lower_outer, _ragged_outer, _blocked_outer)
+_register(_matmul, _lower_matmul, _ragged_matmul, blocked_matmul)
+_register(_outer, _lower_outer, _ragged_outer, blocked_outer)
 mlir.register_lowering(
     _outer,
     mlir.lower_fun(functools.partial(_lower_outer, _tiled_outer), multiple_results=False),

@@ -102,13 +102,18 @@ class ExpertLinear(_Matrix):
 
     num_experts: int = 1
     dispatch: Implementation = "ragged"
+    strays: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, index: jax.Array) -> jax.Array:
-        """Map [t, in] to [t, features]; ``index`` [t] int32 names each row's expert, ascending."""
+        """Map [t, in] to [t, features]; ``index`` [t] int32 names each row's expert, ascending.
+
+        With ``strays`` rows may have an index beyond the experts: they come out as zeros.
+        """
         product = functools.partial(
-            grouped_matmul, index=index, is_sorted=True, implementation=self.dispatch
-        )
+            grouped_matmul, index=index, is_sorted=True, strays=self.strays,
+            implementation=self.dispatch,
+        )  # fmt: skip
         return self._product(x, (self.num_experts, x.shape[-1], self.features), product)
 
 
@@ -124,6 +129,7 @@ class SwiGLU(nn.Module):
     param_dtype: jnp.dtype
     num_experts: int = 0
     dispatch: Implementation = "ragged"
+    strays: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *index: jax.Array) -> jax.Array:
@@ -132,7 +138,7 @@ class SwiGLU(nn.Module):
         def linear(name: str, features: int, init: Initializer) -> nn.Module:
             sizes = features, init, self.param_dtype
             if self.num_experts:
-                return ExpertLinear(*sizes, self.num_experts, self.dispatch, name=name)
+                return ExpertLinear(*sizes, self.num_experts, self.dispatch, self.strays, name=name)
             return Linear(*sizes, name=name)
 
         gate = linear("gate_proj", self.hidden_features, self.kernel_init)(x, *index)

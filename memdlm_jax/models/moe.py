@@ -1,12 +1,15 @@
 """Mixture-of-experts feed-forward blocks: routers, and dispatch without computing all experts."""
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memdlm_jax import partitioning
+from memdlm_jax.models import expert_parallel
 from memdlm_jax.models.grouped import Implementation
 from memdlm_jax.models.layers import Initializer, Linear, SwiGLU
 
@@ -134,23 +137,48 @@ class Mixture(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [b, l, d] to [b, l, d]."""
+        """Map [b, l, d] to [b, l, d]; on a mesh by ``expert_parallel``."""
+        mesh = partitioning.mesh_in_context()
+        if mesh is not None and not self.is_initializing():
+            return self._on_mesh(mesh, x)
         s, tokens = self.spec, x.reshape(-1, x.shape[-1])
         inits = self.kernel_init, self.output_init, self.param_dtype
         index, weights = Router(s, self.kernel_init, self.param_dtype, name="router")(tokens)
         experts = SwiGLU(s.features, *inits, s.num_experts, s.dispatch, name="experts")
-        y = _dispatch(experts, tokens, index, weights)
+        y = _dispatch(experts, tokens, index, weights).astype(tokens.dtype)
         if s.shared_features:
             y = y + SwiGLU(s.shared_features, *inits, name="shared_experts")(tokens)
         return y.reshape(x.shape)
 
+    def _on_mesh(self, mesh, x: jax.Array) -> jax.Array:
+        s = self.spec
+        inits = self.kernel_init, self.output_init, self.param_dtype
+        parts = {
+            name: {kind: tree[name] for kind, tree in self.variables.items() if name in tree}
+            for name in ("router", "experts")
+        }
+
+        def some(x: jax.Array, parts, first: jax.Array, count: int) -> jax.Array:
+            """What ``count`` experts from ``first`` on add to tokens [t, d], in float32."""
+            router = Router(s, self.kernel_init, self.param_dtype, parent=None)
+            index, weights = cast(Any, router.apply(parts["router"], x))
+            here = (index >= first) & (index < first + count)
+            experts = SwiGLU(s.features, *inits, count, s.dispatch, strays=True, parent=None)
+            run = functools.partial(experts.apply, parts["experts"])
+            return _dispatch(run, x, jnp.where(here, index - first, count), weights)
+
+        y = expert_parallel.sum_over_experts(mesh, some, x, parts, s.num_experts)
+        if s.shared_features:
+            y = y + SwiGLU(s.shared_features, *inits, name="shared_experts")(x)
+        return y
+
 
 def _dispatch(experts, tokens: jax.Array, index: jax.Array, weights: jax.Array) -> jax.Array:
-    """Send tokens [t, d] through their experts; the weighted sum is taken in float32 or wider."""
+    """Send tokens [t, d] through their experts; the weighted sum is in float32 or wider."""
     count, chosen = index.shape
     flat = index.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     rows = experts(tokens[order // chosen], flat[order])
     back = jnp.argsort(order)
     rows = rows[back].reshape(count, chosen, -1).astype(weights.dtype)
-    return jnp.einsum("tk,tkd->td", weights, rows).astype(tokens.dtype)
+    return jnp.einsum("tk,tkd->td", weights, rows)

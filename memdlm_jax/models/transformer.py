@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memdlm_jax import partitioning
 from memdlm_jax.models import inspection
 from memdlm_jax.models.attention import pick, sees_block
 from memdlm_jax.models.block import Part, block_of, fast_weights_of, stack_of
@@ -150,8 +151,8 @@ class Transformer:
         """Run the attention block of layer ``split``; of the last layer only ``at`` [b, c]."""
         theta, positions = merged(theta), _positions(hidden, position_ids)
         mask = self._mask(attend, positions, None)
-        at = self._read_at(at) if split == self.num_layers - 1 else None
-        return self._layer(theta, None, hidden, mask, positions, split, split, at, "attention")
+        some = self._read_at(at) if split == self.num_layers - 1 else None
+        return self._layer(theta, None, hidden, mask, positions, split, split, some, "attention")
 
     def head_entered(
         self,
@@ -239,7 +240,8 @@ class Transformer:
         hidden = self.normalise(theta, last_hidden)
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         kernel = self.unembedding(theta).astype(hidden.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=wide)
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=wide)
+        return partitioning.constrain(logits, "rows", None, "vocab")
 
     def adaptable(self, split: int = 0) -> Mapping[str, tuple[int, ...]]:
         """Matrices of the head that can carry fast weights: path -> (layers, ..., in, out).
@@ -287,7 +289,10 @@ class Transformer:
 
     def _trunk(self, theta, tokens, attend, position_ids, split: int, cache=None, own=None):
         theta = merged(theta)
-        hidden = theta["embedding"][tokens].astype(self.config.dtype)
+        # Rows are divided along the axis that divides the table's width: one of them has to move.
+        table = partitioning.constrain(theta["embedding"], "vocab", None)
+        hidden = table[tokens].astype(self.config.dtype)
+        hidden = partitioning.constrain(hidden, "rows", "length", None)
         hidden = self.layers(theta, None, hidden, attend, position_ids, 0, split, None, cache, own)
         # A model without a head layer ends here.
         return self._finish(hidden) if split == self.num_layers else hidden

@@ -8,6 +8,7 @@ import jax
 
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.training.sharding import Layout
 from memdlm_jax.typing import Denoiser, Theta
 
 GIB = 1 << 30
@@ -15,7 +16,7 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes on one device that holds everything whole; activations come on top.
+    """Bytes on one device; activations come on top.
 
     Attributes:
         trained: parameters that are trained.
@@ -40,8 +41,9 @@ class Need:
 
 
 def needed(
-    denoiser: Denoiser, trained: Any, frozen: Theta, memory: MemoryConfig | None, rows: int
-) -> Need:
+    denoiser: Denoiser, trained: Any, frozen: Theta, memory: MemoryConfig | None, rows: int,
+    layout: Layout | None = None,
+) -> Need:  # fmt: skip
     """Count what a training step cannot do without.
 
     Args:
@@ -50,10 +52,12 @@ def needed(
         frozen: such a pytree, or ``None``.
         memory: settings of the Parametric Memory, ``None`` for none.
         rows: rows of one micro-batch on a device.
+        layout: how parameters are divided; ``None`` if they are not.
     """
-    size = _bytes(trained)
+    on_device = _bytes if layout is None else layout.bytes_per_device
+    size = on_device(trained)
     phi = 0 if memory is None else groups_of(memory, rows) * bytes_per_memory(denoiser, memory)
-    return Need(size, _bytes(frozen), 3 * size, 2 * phi)
+    return Need(size, on_device(frozen), 3 * size, 2 * phi)
 
 
 def groups_of(memory: MemoryConfig, rows: int) -> int:

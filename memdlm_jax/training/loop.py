@@ -7,8 +7,6 @@ import dataclasses
 import hashlib
 import logging
 import math
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +16,10 @@ import numpy as np
 import tqdm
 
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
+from memdlm_jax.training.interruption import stop_on_sigterm
 from memdlm_jax.training.metrics import MetricsWriter
 from memdlm_jax.training.parallel import CompiledSteps, Placed, most_targets
+from memdlm_jax.training.sharding import MeshConfig
 from memdlm_jax.training.speed import Speed, Trace
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import Metrics, StepSetup, metrics_of
@@ -118,6 +118,7 @@ def run(
     identity: Mapping[str, Any] | None = None,
     probe: Probe | None = None,
     frozen: Theta = None,
+    mesh: MeshConfig | None = None,
 ) -> Result:
     """Train to ``config.steps``, resuming from the newest good checkpoint of ``config.output``.
 
@@ -135,6 +136,8 @@ def run(
         probe: further numbers of ``state.theta`` to log at every validation.
         frozen: the part of theta that is not trained, see ``step.train_step``; it is in no
             checkpoint, so ``identity`` has to tell it.
+        mesh: how to divide parameters and rows over the devices, see ``CompiledSteps``; a run may
+            go on on another mesh.
 
     Returns:
         The last state, and which step validated best.
@@ -145,7 +148,7 @@ def run(
             state are not those of the checkpoint.
     """
     with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
-        steps = CompiledSteps(setup, capacity_for(data, validation), frozen)
+        steps = CompiledSteps(setup, capacity_for(data, validation), frozen, mesh)
         progress = _restored(checkpoints, steps.place(state))
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
             loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)
@@ -272,7 +275,7 @@ class _Loop:
         self.saved = p.step
         trace = Trace(c.output, p.step, c.profile_steps)
         batches = ahead(lambda i: self.steps.put(self.data.batch_at(i)), p.step, c.steps)
-        with contextlib.closing(batches), _stop_on_sigterm() as stop, trace, self._bar() as bar:
+        with contextlib.closing(batches), stop_on_sigterm() as stop, trace, self._bar() as bar:
             while p.step < c.steps and not stop.is_set():
                 self._take_step(next(batches))
                 bar.update()
@@ -384,17 +387,3 @@ def validate(
     ]
     total = jax.tree.map(lambda *leaves: sum(leaves), *jax.device_get(sums))
     return {name: float(value) for name, value in metrics_of(total).items()}
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """Turn SIGTERM into a flag; the step at hand is finished first."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread only
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,15 +1,21 @@
-"""The step functions compiled for the devices of this process: ``jit`` on one, ``pmap`` on more."""
+"""The step functions compiled for the devices of this process, in three ways.
+
+``jit`` on one device; ``pmap`` on several, every one with all parameters; ``jit`` over a mesh that
+divides rows, parameters and activations (``sharding``).
+"""
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from memdlm_jax import partitioning
 from memdlm_jax.training import flops, step
+from memdlm_jax.training.sharding import Layout, MeshConfig
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import Metrics, StepSetup, Sums
 from memdlm_jax.typing import Batch, Denoiser, Key, Theta
@@ -44,6 +50,94 @@ def most_targets(batch: Batch) -> int:
     return int(np.sum(batch.maskable, axis=-1).max(initial=0))
 
 
+class _OneDevice:
+    """``jit`` on one device."""
+
+    axis_name: str | None = None
+
+    def __init__(self, devices: Sequence[jax.Device]):
+        (self._device,) = devices
+
+    def place(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._device)
+
+    def put(self, batch: Batch, accumulation: int) -> Batch:
+        del accumulation
+        return jax.device_put(batch, self._device)
+
+    def wrap(self, function: Callable, donate: tuple[int, ...], extra: int, tree: Any) -> Any:
+        del extra, tree
+        return jax.jit(function, donate_argnums=donate)
+
+
+class _Mapped:
+    """``pmap``: every device holds all parameters and its share of the rows."""
+
+    axis_name: str | None = AXIS
+
+    def __init__(self, devices: Sequence[jax.Device]):
+        self._devices = list(devices)
+        self._mesh = Mesh(np.array(self._devices), (AXIS,))
+
+    def place(self, tree: Any) -> Any:
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+    def put(self, batch: Batch, accumulation: int) -> Batch:
+        """[b, l] -> [devices, b / devices, l]."""
+        del accumulation
+        count, rows = len(self._devices), batch.tokens.shape[0]
+        if rows % count:
+            raise ValueError(f"a batch of {rows} rows cannot be split over {count} devices")
+        parts = jax.tree.map(lambda x: np.reshape(x, (count, rows // count, *x.shape[1:])), batch)
+        return jax.device_put(parts, NamedSharding(self._mesh, PartitionSpec(AXIS)))
+
+    def wrap(self, function: Callable, donate: tuple[int, ...], extra: int, tree: Any) -> Any:
+        del tree
+        return jax.pmap(
+            function, AXIS, in_axes=(None, None, 0, *(None,) * extra), out_axes=None,
+            devices=self._devices, donate_argnums=donate,
+        )  # fmt: skip
+
+
+class _OnMesh:
+    """``jit`` over a mesh: the step of one device, which the compiler divides."""
+
+    axis_name: str | None = None
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+
+    def place(self, tree: Any) -> Any:
+        return self.layout.place(tree)
+
+    def put(self, batch: Batch, accumulation: int) -> Batch:
+        self.layout.check_batch(batch, accumulation)
+        return jax.device_put(batch, self.layout.rows)
+
+    def wrap(self, function: Callable, donate: tuple[int, ...], extra: int, tree: Any) -> Any:
+        del extra
+        return compile_ready(self.layout, function, donate, tree)
+
+
+def compile_ready(layout: Layout, function: Callable, donate: tuple[int, ...], tree: Any) -> Any:
+    """``jax.jit`` of a step over a mesh, not yet traced.
+
+    Args:
+        layout: of the mesh, which may be one of a topology without hardware.
+        function: (tree, ...) -> (new tree, metrics) if it donates, else -> sums.
+        donate: positions of arguments whose memory is reused.
+        tree: the first argument, arrays or ``jax.ShapeDtypeStruct``.
+    """
+
+    def on_mesh(*arguments):
+        with partitioning.context(layout.mesh):
+            return function(*arguments)
+
+    whole = layout.replicated
+    places = (layout.shardings(tree), whole) if donate else whole
+    return jax.jit(on_mesh, donate_argnums=donate, out_shardings=places)
+
+
 class CompiledSteps:
     """Train and validation steps, compiled once per batch shape.
 
@@ -51,34 +145,48 @@ class CompiledSteps:
         compile_seconds: wall time spent tracing and compiling so far.
     """
 
-    def __init__(self, setup: StepSetup, capacity_of: Callable[[int], int], frozen: Theta = None):
-        """Prepare for all local devices.
+    def __init__(
+        self,
+        setup: StepSetup,
+        capacity_of: Callable[[int], int],
+        frozen: Theta = None,
+        mesh: MeshConfig | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """Prepare for the devices.
 
         Args:
             setup: of the step; its ``capacity`` and ``axis_name`` are set here.
             capacity_of: row length -> target slots of a row.
             frozen: the part of theta that is not trained, see ``step.train_step``.
+            mesh: how to divide parameters and rows; ``None`` is ``jit`` on one device and ``pmap``
+                on more.
+            devices: to run on, all local ones if not given.
 
         Raises:
             RuntimeError: if JAX runs on several processes.
+            ValueError: the mesh does not fit the devices, see ``MeshConfig.sizes``; or ``frozen``,
+                see ``Layout.spec``.
         """
         if jax.process_count() > 1:
             raise RuntimeError(
                 f"{jax.process_count()} JAX processes; this loop drives the devices of one"
             )
         self._setup, self._capacity_of = setup, capacity_of
-        self._devices = jax.local_devices()
+        devices = jax.local_devices() if devices is None else list(devices)
+        self._way: _OneDevice | _Mapped | _OnMesh
+        if mesh is not None:
+            self._way = _OnMesh(Layout(mesh.build(devices)))
+        else:
+            self._way = _OneDevice(devices) if len(devices) == 1 else _Mapped(devices)
         self._compiled: dict[tuple, Callable] = {}
         self._flops: dict[tuple[int, ...], tuple[int, float]] = {}
         self.compile_seconds = 0.0
         self._frozen = self.place(frozen)
 
     def place(self, state: Any) -> Any:
-        """Put a pytree on all devices, a whole copy on each."""
-        if len(self._devices) == 1:
-            return jax.device_put(state, self._devices[0])
-        mesh = Mesh(np.array(self._devices), (AXIS,))
-        return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        """Put a pytree on all devices: a whole copy on each, or on a mesh each its share."""
+        return self._way.place(state)
 
     def put(self, batch: Batch) -> Placed:
         """Start to move a batch of host arrays [b, l] to the devices; waits for nothing.
@@ -90,10 +198,7 @@ class CompiledSteps:
                 divided among the devices.
         """
         self._check_capacity(batch)
-        parts, where = self._split(batch), self._devices[0]
-        if len(self._devices) > 1:
-            where = NamedSharding(Mesh(np.array(self._devices), (AXIS,)), PartitionSpec(AXIS))
-        return Placed(batch, jax.device_put(parts, where))
+        return Placed(batch, self._way.put(batch, self._setup.optimizer.accumulation))
 
     def train(
         self, state: TrainState, batch: Batch | Placed, key: Key, report: bool
@@ -132,7 +237,7 @@ class CompiledSteps:
 
     def _setup_for(self, length: int) -> StepSetup:
         capacity = self._capacity_of(length)
-        axis_name = AXIS if len(self._devices) > 1 else None
+        axis_name = self._way.axis_name
         return dataclasses.replace(self._setup, capacity=capacity, axis_name=axis_name)
 
     def _check_capacity(self, batch: Batch) -> None:
@@ -154,27 +259,10 @@ class CompiledSteps:
             def bound(tree, frozen, batch, *rest):
                 return function(tree, batch, *rest, setup=setup, frozen=frozen)
 
-            wrapped = self._wrap(bound, donate, len(rest))
+            wrapped = self._way.wrap(bound, donate, len(rest), tree)
             self._compiled[name] = wrapped.lower(tree, self._frozen, batch, *rest).compile()
             self.compile_seconds += time.monotonic() - start
         return self._compiled[name](tree, self._frozen, batch, *rest)
-
-    def _wrap(self, function: Callable, donate: tuple[int, ...], extra: int):
-        if len(self._devices) == 1:
-            return jax.jit(function, donate_argnums=donate)
-        return jax.pmap(
-            function, AXIS, in_axes=(None, None, 0, *(None,) * extra), out_axes=None,
-            devices=self._devices, donate_argnums=donate,
-        )  # fmt: skip
-
-    def _split(self, batch: Batch) -> Batch:
-        """[b, l] -> [devices, b / devices, l] where there are several."""
-        count, rows = len(self._devices), batch.tokens.shape[0]
-        if count == 1:
-            return batch
-        if rows % count:
-            raise ValueError(f"a batch of {rows} rows cannot be split over {count} devices")
-        return jax.tree.map(lambda x: np.reshape(x, (count, rows // count, *x.shape[1:])), batch)
 
 
 def _count(setup: StepSetup, state: TrainState, frozen: Theta, batch: Batch) -> int:

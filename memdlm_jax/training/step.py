@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from memdlm_jax import partitioning
 from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.memory import fast_weights, learned, meta_gradient
@@ -184,7 +185,10 @@ def _over_micro_batches(setup: StepSetup, one: Callable[[Batch, Key], Any], batc
         raise ValueError(
             f"optimizer.accumulation={parts} must divide the {rows} rows of a device's batch"
         )
-    inputs = (fast_weights.group_rows(batch, parts), jax.random.split(key, parts))
+    micro = fast_weights.group_rows(batch, parts)
+    # On a mesh every micro-batch is divided, not the micro-batches among the devices.
+    micro = partitioning.constrain_tree(micro, None, "rows", "length")
+    inputs = (micro, jax.random.split(key, parts))
 
     def add(total, inputs):
         return jax.tree.map(jnp.add, total, one(*inputs)), None

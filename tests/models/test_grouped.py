@@ -12,6 +12,7 @@ import pytest
 
 from memdlm_jax.models import grouped
 from memdlm_jax.models.grouped import grouped_matmul, grouped_outer
+from memdlm_jax.models.grouped_blocks import BLOCK
 
 ROWS, GROUPS, IN, OUT, BATCH = 40, 5, 6, 4, 3
 EMPTY = 1
@@ -30,7 +31,7 @@ def draw_index(seed, *shape):
 
 X, W, Y = normal(0, ROWS, IN), normal(1, GROUPS, IN, OUT), normal(2, ROWS, OUT)
 INDEX = draw_index(3, ROWS)
-assert (INDEX == 0).sum() > grouped.BLOCK and not (INDEX == EMPTY).any()
+assert (INDEX == 0).sum() > BLOCK and not (INDEX == EMPTY).any()
 close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
 
 
@@ -85,7 +86,7 @@ def test_equals_a_plain_loop(name, is_sorted):
 
 
 @X64
-@pytest.mark.parametrize("num_rows", [0, 1, grouped.BLOCK, 2 * grouped.BLOCK + 1])
+@pytest.mark.parametrize("num_rows", [0, 1, BLOCK, 2 * BLOCK + 1])
 @pytest.mark.parametrize("group", [0, GROUPS - 1])
 def test_any_number_of_rows_in_one_group(num_rows, group):
     x, y, index = X[:num_rows], Y[:num_rows], np.full(num_rows, group)
@@ -93,6 +94,44 @@ def test_any_number_of_rows_in_one_group(num_rows, group):
     close(outer(x, y, index), outer_loop(x, y, index))
     rows = jax.vmap(grouped_matmul, (0, None, 0))(x[None], W, index[None])
     close(rows[0], matmul_loop(x, W, index))
+
+
+@X64
+@each_product
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_strays_cost_nothing_and_count_nowhere(name, is_sorted):
+    """Rows of no group, also where each example has groups of its own, and in derivatives."""
+    product, loop, operands = PRODUCTS[name]
+    index = np.stack([np.where(group == INDEX, GROUPS + group, INDEX) for group in (0, 2, 4)])
+    index = np.sort(index, axis=-1) if is_sorted else index
+    here = index < GROUPS
+
+    def expected(i):
+        if name == "outer":
+            return loop(*(x[here[i]] for x in operands), index[i][here[i]])
+        y = np.zeros((ROWS, OUT))
+        y[here[i]] = loop(X[here[i]], W, index[i][here[i]])
+        return y
+
+    run = functools.partial(product, is_sorted=is_sorted, strays=True)
+    lowered = functools.partial(ragged_lowering(name), is_sorted=is_sorted, strays=True)
+    several = [np.stack([x] * 3) for x in operands]
+    for i in range(3):
+        close(run(*operands, index[i]), expected(i))
+        close(jax.jit(lowered)(*map(jnp.asarray, operands), index[i]), expected(i))
+        close(run(*operands, index[i], implementation="dense"), expected(i))
+    close(jax.vmap(run)(*several, index), np.stack([expected(i) for i in range(3)]))
+    shared = jax.vmap(run, (0, None, 0))(several[0], operands[1], index)
+    close(shared, np.stack([expected(i) for i in range(3)]))
+
+    def loss(implementation, *operands):
+        one = functools.partial(run, implementation=implementation)
+        return jnp.sum(jnp.sin(jax.vmap(one)(*operands, index)))
+
+    ours, dense = (
+        jax.grad(functools.partial(loss, i), (0, 1))(*several) for i in ("ragged", "dense")
+    )
+    jax.tree.map(close, ours, dense)
 
 
 @X64
