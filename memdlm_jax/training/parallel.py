@@ -127,13 +127,13 @@ class _OnMesh:
         return self.layout.place(tree)
 
     def put(self, batch: Batch, accumulation: int) -> Batch:
-        self.layout.check_batch(*batch.tokens.shape, accumulation)
+        self.layout.check_batch(batch, accumulation)
         return self.layout.put_batch(batch)
 
     def put_rows(self, part: Batch, accumulation: int) -> Batch:
         """This process's rows to the devices."""
         placed = self.layout.put_rows(part)
-        self.layout.check_batch(*placed.tokens.shape, accumulation)
+        self.layout.check_batch(placed, accumulation)
         return placed
 
     def wrap(self, function: Callable, donate: tuple[int, ...], extra: int, tree: Any) -> Any:

@@ -179,7 +179,7 @@ class Layout:
             )
         by_row = NamedSharding(self.mesh, PartitionSpec(partitioning.ROW_AXES))
         found = by_row.addressable_devices_indices_map((count,)).values()
-        return np.unique([row for (part,) in found for row in range(count)[part]])
+        return np.unique([row for (part,) in filter(None, found) for row in range(count)[part]])
 
     def put_batch(self, batch: Batch) -> Batch:
         """Start to move a whole batch of host arrays [b, l] to the devices."""
@@ -203,8 +203,9 @@ class Layout:
 
         return jax.tree.map(share, part)
 
-    def check_batch(self, rows: int, length: int, accumulation: int = 1) -> None:
-        """Raise ValueError if a batch [rows, length] cannot be divided over the mesh."""
+    def check_batch(self, batch: Batch, accumulation: int = 1) -> None:
+        """Raise ValueError if a batch [b, l] cannot be divided over the mesh."""
+        rows, length = batch.tokens.shape
         shards = partitioning.row_shards(self.mesh)
         if rows % (shards * accumulation):
             raise ValueError(
