@@ -81,8 +81,12 @@ def _distributed(config: config_dict.ConfigDict) -> DistributedConfig:
 
 
 def drop_distributed(settings: dict[str, Any]) -> None:
-    """Take away what ``run`` has read: where a process runs is no part of what it computes."""
-    settings.pop("distributed", None)
+    """Check and take away what ``run`` reads: where a process runs is no part of what it computes.
+
+    Raises:
+        KeyError, TypeError, ValueError: see ``build``.
+    """
+    build(DistributedConfig, settings.pop("distributed", {}), "config.distributed")
 
 
 def _quiet_unless_first() -> None:

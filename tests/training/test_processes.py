@@ -102,6 +102,15 @@ def test_two_and_four_processes_take_the_steps_of_one(chain, alone):
 
 
 @pytest.mark.distributed
+def test_rows_on_two_processes_have_the_memories_that_they_have_on_one(chain):
+    expected = on_processes.step_with_memory()
+    del expected["loss/memory_off"]  # was not asked for
+    assert "inner/phi_norm" in expected
+    for found in chain["first"]:
+        same_metrics(found["with_memory"], expected)
+
+
+@pytest.mark.distributed
 def test_a_job_whose_process_was_killed_ends_soon_and_goes_on_with_one(chain, alone):
     assert chain["codes"][3] == KILLED, chain["said"][3][-3000:]
     assert all(code not in (0, None) for code in chain["codes"][:3])
