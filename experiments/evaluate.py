@@ -164,6 +164,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def main(config: EvaluateConfig) -> None:
     """Run from the command line."""
+    processes.end_at_sigterm()
     run = provenance("experiments.evaluate", config)
     measured = measure(config)
     run["seconds"] = measured.pop("seconds")

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -70,8 +71,8 @@ class DistributedConfig:
 def start(config: DistributedConfig) -> None:
     """Join the others, before anything is computed; does nothing alone, or the second time.
 
-    Waits up to five minutes for all processes. From then on JAX keeps SIGTERM to itself until the
-    loop of training asks for it, see ``training.interruption``.
+    Waits up to five minutes for all processes. From then on JAX notes SIGTERM, which no longer ends
+    the process, for the loop of training to ask for, see ``training.interruption``.
 
     Raises:
         ValueError: ``auto`` finds nothing that started this process as one of several.
@@ -94,6 +95,12 @@ def start(config: DistributedConfig) -> None:
             f"({error}); give distributed.coordinator=HOST:PORT, distributed.num_processes and "
             "distributed.process_id"
         ) from error
+
+
+def end_at_sigterm() -> None:
+    """Let SIGTERM end this process again after ``start``, where no loop asks for it."""
+    if several():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def several() -> bool:

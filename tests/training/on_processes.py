@@ -87,13 +87,14 @@ class Stopping(Data):
 class Dying(Data):
     """The last process goes as in a power cut, when what was saved is on disk."""
 
-    def __init__(self, last):
+    def __init__(self, folder, last):
         super().__init__()
-        self.last = last
+        self.folder, self.last = folder, last
 
     def before(self, step):
         if step >= self.last and jax.process_index() == jax.process_count() - 1:
             time.sleep(1.5)
+            (self.folder / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -113,7 +114,7 @@ def step_with_memory():
     steps = CompiledSteps(setup, lambda length: length)
     theta = jax.device_get(tiny.DENOISER.init(jax.random.key(0)))
     start = steps.place(state.create(theta, setup.optimizer))
-    _, metrics = steps.train(start, tiny.batch(0, ROWS, LENGTH), jax.random.key(7), False)
+    _, metrics = steps.train(start, tiny.batch(0, ROWS, LENGTH), jax.random.key(7), True)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -175,7 +176,7 @@ def _note(folder):
 def second_job(folder):
     last = max(int(f.name) for f in (folder / "run" / "checkpoints").iterdir())
     processes.wait_for_all()  # before any step is added
-    train(folder, Dying(last + 4))
+    train(folder, Dying(folder, last + 4))
 
 
 def main(job, folder, port, count, number):
