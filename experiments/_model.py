@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from memdlm_jax.checkpoints import families, hub, hugging_face
@@ -17,7 +18,7 @@ from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.quantize import quantize, quantized_tree
 from memdlm_jax.models.transformer import Transformer
-from memdlm_jax.training.sharding import MeshConfig
+from memdlm_jax.training.sharding import Layout, MeshConfig
 from memdlm_jax.typing import Theta, partition
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,9 @@ _NARROW = ("int8", "nf4")
 
 
 def load(
-    folder: str, dtype: str, base: Base | None = None, under: str = "", block: int = 64
-) -> tuple[Transformer, Theta, Tokenizer]:
+    folder: str, dtype: str, base: Base | None = None, under: str = "", block: int = 64,
+    layout: Layout | None = None,
+) -> tuple[Transformer, Theta, Tokenizer]:  # fmt: skip
     """Load a model folder with its tokenizer.
 
     Args:
@@ -41,6 +43,7 @@ def load(
             expert a token goes to hangs on small differences.
         under: model folder under an adapter; empty is the one that the adapter names.
         block: weights that share a scale in a narrow base.
+        layout: where parameters are put as they are read, ``None`` for the default device.
 
     Raises:
         FileNotFoundError, ValueError: see ``hugging_face.load`` and ``Tokenizer.load``; or model
@@ -50,8 +53,13 @@ def load(
     if base in _NARROW:
         transform = functools.partial(_narrow, kind=base, block=block)
     param_dtype = "bfloat16" if base in _NARROW else base
+    sharding: hugging_face.Sharding | None = None
+    if layout is not None:
+        sharding = layout.where(param_dtype or dtype)
+    if sharding is not None and transform is not None:
+        sharding = _inputs_whole(sharding)
     denoiser, theta = hugging_face.load(
-        folder, dtype, param_dtype, base=under or None, transform=transform
+        folder, dtype, param_dtype, base=under or None, sharding=sharding, transform=transform
     )
     tokenizer = Tokenizer.load(tokenizer_folder(folder, under))
     if denoiser.config.mask_token_id is None:
@@ -62,6 +70,19 @@ def load(
 
 def _narrow(path: str, matrices, *, kind, block: int):
     return matrices if "/router/" in path else quantize(matrices, kind, block)
+
+
+def _inputs_whole(sharding: hugging_face.Sharding) -> hugging_face.Sharding:
+    """The same without the axis of a matrix's inputs, which have fewer scales than weights."""
+
+    def where(path: str, shape: tuple[int, ...]):
+        place = cast(NamedSharding, sharding(path, shape))
+        if not path.endswith("/kernel") or "/router/" in path:
+            return place
+        *leading, _, outputs = place.spec
+        return NamedSharding(place.mesh, PartitionSpec(*leading, None, outputs))
+
+    return where
 
 
 def narrow(theta: Theta, kind: Literal["int8", "nf4"], block: int = 64) -> Theta:

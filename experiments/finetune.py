@@ -122,7 +122,7 @@ def finetune(config: FinetuneConfig) -> Result:
     rows = max(1, config.pipeline.rows_per_batch // shards // config.optimizer.accumulation)
     if (limit := fit.device_bytes()) is not None:
         fit.require(need_of(config, rows, layout), limit)
-    denoiser, theta = model_of(config)
+    denoiser, theta = model_of(config, layout)
     prepared = prepared_for(config, denoiser)
     train = make_pipeline(prepared, "train", config.pipeline)
     validation = validation_batches(prepared, config)
@@ -165,13 +165,15 @@ def need_of(config: FinetuneConfig, rows: int, layout: Layout | None = None) -> 
     return fit.needed(denoiser, theta, None, config.memory, rows, layout)
 
 
-def model_of(config: FinetuneConfig) -> tuple[Transformer, Theta]:
-    """The model to start from; with adapters theta is ``Partitioned``.
+def model_of(config: FinetuneConfig, layout: Layout | None = None) -> tuple[Transformer, Theta]:
+    """The model to start from, divided by ``layout``; with adapters theta is ``Partitioned``.
 
     Raises:
         ValueError: ``init`` holds adapters, and ``lora`` is missing or says otherwise.
     """
-    denoiser, theta, _ = _model.load(config.init, config.dtype, config.base, config.under)
+    denoiser, theta, _ = _model.load(
+        config.init, config.dtype, config.base, config.under, layout=layout
+    )
     denoiser = denoiser.with_config(remat=config.remat, vocab_chunk=config.vocab_chunk)
     if hugging_face.is_adapter(config.init):
         check_adapters(config, denoiser, theta)

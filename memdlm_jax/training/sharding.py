@@ -7,7 +7,7 @@ path at the end of its own and so lies with it.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -129,6 +129,14 @@ class Layout:
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: NamedSharding(self.mesh, self.spec(_name(path), leaf)), tree
         )
+
+    def where(self, dtype: Any) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+        """(path, shape) -> place of a parameter of this dtype, as loading a checkpoint asks."""
+
+        def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+            return NamedSharding(self.mesh, self.spec(path, jax.ShapeDtypeStruct(shape, dtype)))
+
+        return place
 
     def place(self, tree: Any) -> Any:
         """Put arrays where they belong; raises as ``spec``."""

@@ -39,8 +39,8 @@ MOE = LLaDAMoE(
 )
 LLADA2 = LLaDA2(
     LLaDA2Config(
-        **SIZES, num_layers=2, head_dim=8, num_experts=8, experts_per_token=2, expert_features=16,
-        router_groups=4, kept_router_groups=2, rotary_channels=4,
+        **SIZES, num_layers=1, dense_layers=0, head_dim=8, num_experts=8, experts_per_token=2,
+        expert_features=16, router_groups=4, kept_router_groups=2, rotary_channels=4,
     )
 )  # fmt: skip
 EXAMPLE = MemoryConfig(layer_fraction=0.5, rank=2, alpha=4.0, meta_gradient="exact", steps=1)
@@ -129,10 +129,8 @@ def dense(check):
     elastic(check, check.steps("example_first_order", DENSE, FIRST_ORDER, ways))
     ways = {"data2_fsdp2_sequence2": (MeshConfig(2, 2, sequence=2), {})}
     check.steps("global_exact", DENSE, GLOBAL, ways)
-    ways = {
-        "groups_divided": (MeshConfig(2, 2, 2), {}),
-        "groups_not_divided": (MeshConfig(8), {}),
-    }
+    # Four memories of two rows each on eight devices.
+    ways = {"data8": (MeshConfig(8), {})}
     check.steps("device_first_order", DENSE, DEVICE, ways)
 
 
@@ -155,7 +153,7 @@ def experts(check):
     )
     adapted = lora.add(jax.random.key(1), LLADA2, base, LoraConfig(rank=2))
     parts = partition(adapted, lora.is_adapter)
-    memory = dataclasses.replace(DEVICE, scope="global")
+    memory = dataclasses.replace(DEVICE, scope="global", groups=0, layer_fraction=1.0)
     ways = {"fsdp2_expert2_tensor2": (MeshConfig(1, 2, 2, 2), {})}
     check.steps(
         "adapters_on_narrow_experts", LLADA2.with_config(dispatch="dense"), memory, ways,
