@@ -27,7 +27,7 @@ from memdlm_jax.data.builder import write_rows
 from memdlm_jax.data.pipeline import Pipeline, PipelineConfig, make_pipeline
 from memdlm_jax.data.prepare import DataConfig, PreparedData, SourceConfig, examples, prepare
 from memdlm_jax.data.sft import EncodeConfig, Encoder
-from memdlm_jax.training.loop import ahead
+from memdlm_jax.training.feed import ahead
 from memdlm_jax.training.parallel import CompiledSteps
 
 TOKENIZER = "memdlm_jax/assets/tiny/tokenizer.json"

@@ -10,14 +10,18 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_dict, config_flags
 
+from memdlm_jax import processes
 from memdlm_jax.checkpoints.training_state import CorruptCheckpoint, NoUsableCheckpoint
+from memdlm_jax.processes import DistributedConfig
 
 T = TypeVar("T")
 
+_LOGGERS = ("memdlm_jax", "experiments", "__main__")
 
 EXPECTED: tuple[type[Exception], ...] = (
     OSError, ImportError, ValueError, FloatingPointError, CorruptCheckpoint, NoUsableCheckpoint,
@@ -31,7 +35,8 @@ def run(
     """Parse ``--config=FILE.py`` with its overrides and call ``main`` with the settings.
 
     An error of settings or input ends the script with status 1 and the line ``error: ...``;
-    ``--verbosity=1`` shows where it was raised.
+    ``--verbosity=1`` shows where it was raised. Where the settings have a section ``distributed``,
+    the process joins others before anything else, see ``processes.start``.
 
     Args:
         parse: ConfigDict -> settings; may also raise KeyError and TypeError.
@@ -55,13 +60,36 @@ def run(
                 raise app.UsageError("--profile is for scripts that train")
             config.value.train.profile_steps = profile.value
         with _one_line(KeyError, TypeError):
-            settings = parse(config.value)
-        with _one_line():
-            main(settings)
+            processes.start(_distributed(config.value))
+        with processes.ending_together():
+            _quiet_unless_first()
+            with _one_line(KeyError, TypeError):
+                settings = parse(config.value)
+            with _one_line():
+                main(settings)
 
-    for name in ("memdlm_jax", "experiments", "__main__"):
+    for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
     app.run(start, flags_parser=_parse_flags)
+
+
+def _distributed(config: config_dict.ConfigDict) -> DistributedConfig:
+    """The section ``distributed`` of a script's settings; without it there is one process."""
+    if "distributed" not in config:
+        return DistributedConfig()
+    return build(DistributedConfig, config.distributed, "config.distributed")
+
+
+def drop_distributed(settings: dict[str, Any]) -> None:
+    """Take away what ``run`` has read: where a process runs is no part of what it computes."""
+    settings.pop("distributed", None)
+
+
+def _quiet_unless_first() -> None:
+    """Let one process speak of what all do."""
+    if jax.distributed.is_initialized() and not processes.is_first():
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
@@ -90,8 +118,10 @@ def _one_line(*further: type[Exception], prefix: str = "") -> Iterator[None]:
     except EXPECTED + further as error:
         if absl_logging.get_verbosity() >= absl_logging.DEBUG:
             raise
-        said = _message(error)
-        sys.exit(f"error: {prefix if isinstance(error, further) else ''}{said}")
+        said = f"error: {prefix if isinstance(error, further) else ''}{_message(error)}"
+        if jax.distributed.is_initialized() and processes.several():
+            processes.abort(said)
+        sys.exit(said)
 
 
 def _message(error: Exception) -> str:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from experiments import _stages
 from experiments._evaluation import EvaluateConfig, Loaded
+from memdlm_jax import processes
 from memdlm_jax.data import sources
 from memdlm_jax.data.needles import Episode, string_match_all
 from memdlm_jax.data.sft import Row
@@ -41,8 +42,9 @@ def haystack(config: EvaluateConfig) -> list[str]:
 
 @contextlib.contextmanager
 def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; elsewhere nothing."""
-    with tqdm(total=total, desc=what, unit="question", disable=None) as bar:
+    """A bar on the first process's terminal; elsewhere nothing."""
+    disable = None if processes.is_first() else True
+    with tqdm(total=total, desc=what, unit="question", disable=disable) as bar:
         yield lambda done: bar.update(done) and None
 
 
@@ -131,7 +133,7 @@ def ask_tasks(
                 for system in loaded.systems
             }  # fmt: skip
             found.append((cell, records))
-            if not sys.stderr.isatty():
+            if processes.is_first() and not sys.stderr.isatty():
                 print(_line(cell, records), file=sys.stderr, flush=True)
     return {
         "tasks": {

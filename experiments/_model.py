@@ -135,6 +135,19 @@ def resolve(settings: dict[str, Any], *names: str) -> None:
             settings[name] = hub.local(settings[name])
 
 
+def distributed_defaults() -> config_dict.ConfigDict:
+    """The section ``distributed`` of a config file: alone, see ``processes.DistributedConfig``."""
+    return config_dict.ConfigDict(
+        {
+            "coordinator": config_dict.placeholder(str),
+            "num_processes": config_dict.placeholder(int),
+            "process_id": config_dict.placeholder(int),
+            "auto": False,
+            "heartbeat_seconds": 100,
+        }
+    )
+
+
 def lora_defaults() -> config_dict.ConfigDict:
     """The ``lora`` section of scripts that train: all settings, as the public script has them."""
     return config_dict.ConfigDict(dataclasses.asdict(LoraConfig()))

@@ -1,4 +1,7 @@
-"""Stages of a long job: a finished one is read back as long as its settings are the same."""
+"""Stages of a long job: a finished one is read back as long as its settings are the same.
+
+Of several processes all compute a stage, and the first notes it.
+"""
 
 import hashlib
 import json
@@ -8,23 +11,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from memdlm_jax import processes
+
 Stage = tuple[Any, float]
 """Result of a stage, JSON-ready, and the seconds it took."""
 
 
 def stage(path: Path, compute: Callable[[], Any]) -> Stage:
     """Compute a stage and note it in ``path``, or read back that note."""
-    if path.exists():
-        print(f"done before: {path}", file=sys.stderr, flush=True)
-    else:
-        print(f"working on {path} ...", file=sys.stderr, flush=True)
+    first = processes.is_first()
+    # What the first process finds, all go by.
+    noted = processes.gather(path.read_text() if first and path.exists() else None)[0]
+    if noted is None:
+        if first:
+            print(f"working on {path} ...", file=sys.stderr, flush=True)
         start = time.monotonic()
-        done = {"result": compute(), "seconds": time.monotonic() - start}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(done))
-        temporary.replace(path)
-    stored = json.loads(path.read_text())
+        noted = json.dumps({"result": compute(), "seconds": time.monotonic() - start})
+        if first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(noted)
+            temporary.replace(path)
+    elif first:
+        print(f"done before: {path}", file=sys.stderr, flush=True)
+    stored = json.loads(noted)
     return stored["result"], stored["seconds"]
 
 

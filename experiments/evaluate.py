@@ -5,6 +5,7 @@
 
 ``mdlm`` and ``memdlm`` are model folders; the latter is measured with memory off
 (``memdlm_train_only``) and with each prompt written into memory (``memdlm``). One may be left out.
+Several processes (``--config.distributed``) share out the questions and the held-out rows.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from ml_collections import config_dict
 
 from experiments import _cli, _evaluation, _measures, _memory, _model
 from experiments._evaluation import EvaluateConfig, Loaded
+from memdlm_jax import processes
 from memdlm_jax.data.prepare import installed_version
 from memdlm_jax.evaluation import report
 from memdlm_jax.evaluation.asking import Answers
@@ -39,6 +41,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> EvaluateConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = without_disabled(config.to_dict())
+    _cli.drop_distributed(settings)
     if "task_decode" in settings:
         settings["task_decode"] = any_length(settings["task_decode"])
     _model.resolve(settings, "mdlm", "memdlm", "under")
@@ -94,7 +97,8 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         start = time.monotonic()
         results.update(compute())
         seconds[name] = time.monotonic() - start
-        print(f"{name}: {seconds[name]:.1f} s", file=sys.stderr, flush=True)
+        if processes.is_first():
+            print(f"{name}: {seconds[name]:.1f} s", file=sys.stderr, flush=True)
 
     def once(name: str, compute: Callable[[EvaluateConfig, Loaded], dict[str, Any]]) -> None:
         work = functools.partial(compute, config, loaded)
@@ -163,6 +167,8 @@ def main(config: EvaluateConfig) -> None:
     run = provenance("experiments.evaluate", config)
     measured = measure(config)
     run["seconds"] = measured.pop("seconds")
+    if not processes.is_first():
+        return
     results = {"title": "Comparison of fine-tuned denoisers", "run": run} | measured
     page = report.write(config.output, results)
     print(table(results))

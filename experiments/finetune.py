@@ -21,7 +21,7 @@ import jax
 from ml_collections import config_dict
 
 from experiments import _cli, _memory, _model
-from memdlm_jax import partitioning
+from memdlm_jax import partitioning, processes
 from memdlm_jax.checkpoints import hugging_face, peft
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline, resolved
 from memdlm_jax.data.prepare import DataConfig, PreparedData, prepare
@@ -37,6 +37,7 @@ from memdlm_jax.training import fit, loop
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import Result, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
+from memdlm_jax.training.parallel import mesh_for
 from memdlm_jax.training.sharding import Layout, MeshConfig
 from memdlm_jax.training.step import StepSetup
 from memdlm_jax.typing import Batch, Partitioned, Theta, merged, partition
@@ -65,8 +66,8 @@ class FinetuneConfig:
         remat: what the backward pass recomputes, see ``TransformerConfig``.
         vocab_chunk: tokens of the vocabulary that the loss takes at a time; 0 takes all.
         validation_batches: batches of the validation split to score.
-        mesh: how to divide parameters and rows over the devices; ``None`` for whole parameters on
-            every device.
+        mesh: how to divide parameters and rows over the devices of all processes; ``None`` for
+            whole parameters on every device.
     """
 
     init: str
@@ -108,6 +109,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> FinetuneConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
+    _cli.drop_distributed(settings)
     _model.resolve(settings, "init", "under")
     for name, kind in (("memory", MemoryConfig), ("lora", LoraConfig), ("mesh", MeshConfig)):
         _cli.drop_disabled(settings, name, kind)
@@ -116,14 +118,15 @@ def from_config_dict(config: config_dict.ConfigDict) -> FinetuneConfig:
 
 def finetune(config: FinetuneConfig) -> Result:
     """Train, resuming what is there, and export the best weights if the run came to its end."""
-    mesh = config.mesh
-    layout = None if mesh is None else Layout(mesh.build(jax.local_devices()))
-    shards = partitioning.row_shards(layout.mesh) if layout else jax.local_device_count()
+    mesh = mesh_for(config.mesh)
+    layout = None if mesh is None else Layout(mesh.build(jax.devices()))
+    shards = partitioning.row_shards(layout.mesh) if layout else jax.device_count()
     rows = max(1, config.pipeline.rows_per_batch // shards // config.optimizer.accumulation)
     if (limit := fit.device_bytes()) is not None:
         fit.require(need_of(config, rows, layout), limit)
     denoiser, theta = model_of(config, layout)
-    prepared = prepared_for(config, denoiser)
+    # The others find the rows that the first process has written.
+    prepared = processes.first_alone(lambda: prepared_for(config, denoiser))
     train = make_pipeline(prepared, "train", config.pipeline)
     validation = validation_batches(prepared, config)
     logger.info("%s\n%s", prepared.describe(), train.describe())
@@ -141,12 +144,14 @@ def finetune(config: FinetuneConfig) -> Result:
         trained, frozen = theta.trainable, theta.frozen
     state = states.create(learned.join(trained, inner), config.optimizer)
     result = loop.run(config.train, setup, state, train, validation, identity, frozen=frozen,
-        mesh=config.mesh,
+        mesh=mesh,
     )  # fmt: skip
     if result.finished:
         best = loop.load_best(config.train, setup, result, validation, identity)
         folder = Path(config.train.output) / "best"
-        trained, inner = learned.split(best)
+        trained, inner = learned.split(jax.tree.map(processes.whole, best))
+        if not processes.is_first():
+            return result
         theta = trained if frozen is None else Partitioned(trained, frozen)
         export(folder, config, denoiser, theta)
         _memory.save(folder, memory, inner)

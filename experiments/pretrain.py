@@ -18,6 +18,7 @@ import jax
 from ml_collections import config_dict
 
 from experiments import _cli
+from memdlm_jax import processes
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.needles import NeedleConfig
 from memdlm_jax.data.pretraining import PretrainingConfig
@@ -59,8 +60,8 @@ class PretrainConfig:
         tokenizer: its file; trained and stored there if missing. Empty is OUTPUT/tokenizer.json.
         validation_batches: held-out batches, text and needles.
         probe: needle questions asked at every validation, with words and filler of their own.
-        mesh: how to divide parameters and rows over the devices; ``None`` for whole parameters on
-            every device.
+        mesh: how to divide parameters and rows over the devices of all processes; ``None`` for
+            whole parameters on every device.
     """
 
     model: LLaDAConfig
@@ -97,6 +98,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> PretrainConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
+    _cli.drop_distributed(settings)
     structured = settings.get("induction") or {"enabled": False}
     if not structured.pop("enabled", True):
         settings["induction"] = None
@@ -108,7 +110,9 @@ def run(config: PretrainConfig) -> tuple[Path, Result]:
     """Train, resuming what is there, and return the exported model folder and the last state."""
     output = Path(config.train.output)
     tokenizer_file = Path(config.tokenizer or output / "tokenizer.json")
-    tokenizer = pretraining.tokenizer_at(tokenizer_file, config.model.vocab_size)
+    tokenizer = processes.first_alone(
+        lambda: pretraining.tokenizer_at(tokenizer_file, config.model.vocab_size)
+    )
     _check_vocabulary(config.model, tokenizer)
     denoiser = LLaDA(config.model)
     data = pretraining.load_data(config.data, tokenizer, config.validation_batches)
@@ -122,7 +126,10 @@ def run(config: PretrainConfig) -> tuple[Path, Result]:
     result = loop.run(config.train, setup, state, data.train, data.validation, identity, probe,
         mesh=config.mesh,
     )  # fmt: skip
-    return export(output / "model", denoiser, result.state.theta, tokenizer), result
+    theta = jax.tree.map(processes.whole, result.state.theta)
+    if processes.is_first():
+        export(output / "model", denoiser, theta, tokenizer)
+    return output / "model", result
 
 
 def identity_of(config: PretrainConfig, data: PretrainingData) -> dict[str, Any]:
@@ -159,6 +166,8 @@ def needle_probe(
 ) -> Callable[[Theta], Mapping[str, float]]:
     """Measure needle accuracy of every cell, and export the weights that were measured.
 
+    Of several processes the first does, and the others have nothing to report.
+
     Raises:
         ValueError: if an answer is longer than the window of ``PROBE_WINDOW`` tokens.
     """
@@ -166,6 +175,9 @@ def needle_probe(
     needles.check_window(episodes, tokenizer, PROBE_WINDOW)
 
     def probe(theta: Theta) -> Mapping[str, float]:
+        theta = jax.tree.map(processes.whole, theta)
+        if not processes.is_first():
+            return {}
         export(output / "model", denoiser, theta, tokenizer)
         system = System("mdlm", denoiser, theta)
         scores = {}

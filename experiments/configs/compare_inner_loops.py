@@ -34,7 +34,8 @@ def get_config() -> config_dict.ConfigDict:
     )
 
     config.finetune = finetune_needles.get_config()
-    del config.finetune["lora"]
+    for left_out in ("lora", "distributed"):
+        del config.finetune[left_out]
     config.finetune.init = "memdlm_jax/assets/tiny"
     config.finetune.memory.rank = 8
     config.finetune.memory.alpha = 16.0

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from experiments import _decode, _memory
+from experiments import _decode, _memory, _model
 from memdlm_jax.evaluation.tasks import Variant
 
 
@@ -88,6 +88,7 @@ def get_config() -> config_dict.ConfigDict:
     config.retrieval.task = dict(config.needles.task)
     config.retrieval.task.split = config.get_ref("split")
 
+    config.distributed = _model.distributed_defaults()
     config.held_out = {"path": "", "split": "", "rows": 200, "max_length": 256, "samples": 3}
     return config
 

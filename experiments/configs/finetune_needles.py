@@ -61,6 +61,8 @@ def get_config() -> config_dict.ConfigDict:
     config.mesh = _model.mesh_defaults()
     config.mesh.enabled = False
 
+    config.distributed = _model.distributed_defaults()
+
     config.schedule = config_dict.ConfigDict()
     config.schedule.minimum_time = 1e-3
     config.schedule.sampling = "iid"

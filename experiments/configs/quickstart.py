@@ -38,7 +38,7 @@ def get_config() -> config_dict.ConfigDict:
     config.memory.alpha = 16.0
 
     config.finetune = finetune_needles.get_config()
-    for filled in ("init", "memory", "lora"):
+    for filled in ("init", "memory", "lora", "distributed"):
         del config.finetune[filled]
     config.finetune.data.directory = ""  # OUTPUT/data
     config.finetune.data.encode = {"max_length": 320, "long_prompt": "truncate_left"}
@@ -63,7 +63,7 @@ def get_config() -> config_dict.ConfigDict:
     config.finetune.train.save_every = 80
 
     config.evaluate = evaluate.get_config()
-    for filled in ("output", "memory", "mdlm", "memdlm"):
+    for filled in ("output", "memory", "mdlm", "memdlm", "distributed"):
         del config.evaluate[filled]
     config.evaluate.needles.lengths = (384, 504)
     config.evaluate.needles.num_keys = (12,)

@@ -11,6 +11,8 @@ seed, stands in memdlm_jax/assets/tiny/README.md.
 
 from ml_collections import ConfigDict, FieldReference
 
+from experiments import _model
+
 
 def get_config(stage: str = "retrieval") -> ConfigDict:
     """Settings of a stage; the sections are fields of ``experiments.pretrain.PretrainConfig``."""
@@ -90,6 +92,7 @@ def _retrieval() -> ConfigDict:
     config.mesh = ConfigDict(
         {"enabled": False, "data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "sequence": 1}
     )
+    config.distributed = _model.distributed_defaults()
     config.probe = ConfigDict(
         {
             "task": {"split": "validation"},

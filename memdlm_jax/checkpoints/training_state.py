@@ -5,20 +5,21 @@ step before usable. It detects neither a flipped byte nor a changed dtype at res
 written here do.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from memdlm_jax import processes
 from memdlm_jax.checkpoints.trees import named
 
 logger = logging.getLogger(__name__)
@@ -179,19 +180,15 @@ class TrainingCheckpoints:
         """
         if step not in (found := self.steps()):
             raise NoUsableCheckpoint(f"step {step} is not in {self.folder}, only {found} are")
-        try:
-            arguments = ocp.args.Composite(notes=ocp.args.JsonRestore())
+        arguments = ocp.args.Composite(notes=ocp.args.JsonRestore())
+        with _corrupt_for_all("its notes: "):
             notes = _checked_notes(self._manager.restore(step, args=arguments)["notes"])
-        except Exception as error:
-            raise CorruptCheckpoint(f"its notes: {_first_line(error)}") from error
         self._check_config(step, notes["config"])
         _check_arrays(step, notes["arrays"], template)
-        try:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        with _corrupt_for_all():
             state = self._manager.restore(step, args=arguments)["state"]
-        except Exception as error:
-            raise CorruptCheckpoint(_first_line(error)) from error
         for name, leaf in named(state).items():
             if _describe(leaf) != notes["arrays"][name]:
                 raise CorruptCheckpoint(f"the digest of array {name} is not the one saved")
@@ -214,10 +211,23 @@ class TrainingCheckpoints:
             if not aside.exists():
                 break
             aside = self.folder / f"{step}.corrupt.{number}"
-        if jax.process_index() == 0:
+        if processes.is_first():
             (self.folder / str(step)).rename(aside)
-        multihost_utils.sync_global_devices("checkpoint set aside")
+        processes.wait_for_all()
         self._manager = self._open()
+
+
+@contextlib.contextmanager
+def _corrupt_for_all(what: str = "") -> Iterator[None]:
+    """Turn any error into CorruptCheckpoint, on every process if one of them has it."""
+    found: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        found = error
+    said = [line for line in processes.gather(found and _first_line(found)) if line]
+    if said:
+        raise CorruptCheckpoint(what + said[0]) from found
 
 
 def _loss(metrics: Mapping[str, float]) -> float:
@@ -241,19 +251,10 @@ class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def _describe(leaf: jax.Array) -> dict[str, Json]:
-    content = _on_host(leaf)
+    content = processes.whole(leaf)
     as_bytes: Any = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
     digest = hashlib.sha256(as_bytes).hexdigest()
     return {"shape": list(content.shape), "dtype": str(content.dtype), "sha256": digest}
-
-
-def _on_host(leaf: jax.Array) -> np.ndarray:
-    """The whole array, also where this process holds only a share of it."""
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return np.asarray(leaf)
-    if leaf.is_fully_replicated:
-        return np.asarray(leaf.addressable_data(0))
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def _json_digest(value: Json) -> str:

@@ -6,7 +6,7 @@ run goes on at any step, on any number of threads and processes.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -42,12 +42,10 @@ class PipelineConfig:
         max_padding: chosen buckets have at most this share of padding, in [0, 1).
         max_buckets: most buckets to choose; each costs a compilation.
         bucket_multiple: chosen buckets but the last are multiples of this.
-        rows_per_batch: rows of a batch over all processes.
+        rows_per_batch: rows of a batch, over all processes.
         seed: of the order of rows and batches.
         supervise_padding: fill the response up with end-of-sequence tokens that are attended to
             and carry loss, as the public code does. Otherwise padding does neither.
-        process_index: which share of each batch is this process's: rows p, p + n, p + 2n, ...
-        process_count: n, the number of processes; must divide ``rows_per_batch``.
         num_threads: threads that read ahead.
         prefetch: batches read ahead.
     """
@@ -59,13 +57,11 @@ class PipelineConfig:
     rows_per_batch: int = 32
     seed: int = 0
     supervise_padding: bool = False
-    process_index: int = 0
-    process_count: int = 1
     num_threads: int = 2
     prefetch: int = 8
 
     def __post_init__(self):
-        counts = "max_buckets", "bucket_multiple", "rows_per_batch", "process_count"
+        counts = "max_buckets", "bucket_multiple", "rows_per_batch"
         for name in (*counts, "num_threads", "prefetch"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
@@ -73,16 +69,6 @@ class PipelineConfig:
             check_buckets(self.buckets)
         if not 0 <= self.max_padding < 1:
             raise ValueError(f"max_padding={self.max_padding} must lie in [0, 1)")
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(
-                f"process_index={self.process_index} must lie in [0, process_count="
-                f"{self.process_count})"
-            )
-        if self.rows_per_batch % self.process_count:
-            raise ValueError(
-                f"rows_per_batch={self.rows_per_batch} must be a multiple of process_count="
-                f"{self.process_count}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +154,7 @@ class BatchPlan:
 
 
 class Pipeline:
-    """Batches of one split for one process."""
+    """Batches of one split."""
 
     def __init__(
         self,
@@ -183,7 +169,7 @@ class Pipeline:
         Args:
             rows: the rows.
             lengths: (ids of each row, ids of its prompt), both [rows].
-            config: buckets, order and this process's share.
+            config: buckets and order.
             pad_id: fills rows.
             eos_id: fills responses when padding is supervised.
 
@@ -231,13 +217,25 @@ class Pipeline:
         return min(length, -(-most // _SLOT_MULTIPLE) * _SLOT_MULTIPLE)
 
     def batch_at(self, step: int) -> Batch:
-        """This process's rows of the batch of ``step``: numpy arrays [b, l], b rows per process.
+        """The batch of ``step``: numpy arrays [b, l].
+
+        Raises:
+            ValueError: ``step`` is negative.
+        """
+        return self.part_at(step, np.arange)
+
+    def part_at(self, step: int, choose: Callable[[int], Int[np.ndarray, "r"]]) -> Batch:
+        """Some rows of the batch of ``step``, numpy arrays [r, l]; no other row is read.
+
+        Args:
+            step: at least 0.
+            choose: rows of a batch -> which of them, in their order; those of one process.
 
         Raises:
             ValueError: ``step`` is negative.
         """
         planned = self.plan.at(step)
-        mine = planned.rows[self.config.process_index :: self.config.process_count]
+        mine = planned.rows[choose(self.config.rows_per_batch)]
         shape = (len(mine), planned.length)
         tokens: Any = np.full(shape, self._pad_id, np.int32)
         maskable: Any = np.zeros(shape, bool)

@@ -1,15 +1,20 @@
-"""Ask systems the questions of cells; what was answered before is read back, not asked again."""
+"""Ask systems the questions of cells; what was answered before is read back, not asked again.
+
+Several processes share out the questions and tell each other the answers.
+"""
 
 import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from memdlm_jax import processes
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.samplers import DecodeConfig
@@ -21,25 +26,46 @@ Report = Callable[[int], None]
 
 
 class Answers:
-    """Replies in a file of JSON lines, each with a key: the digest of all that it depends on.
+    """Replies in files of JSON lines, each with a key: the digest of all that it depends on.
 
-    A line that a killed program left unfinished is taken off the end of the file.
+    Process 0, or the only one, writes NAME.jsonl, process p NAME-p.jsonl; all are read, however
+    many processes there were. A line that a killed program left unfinished is taken off the end of
+    a file, or passed over in that of another process.
 
     Attributes:
-        path: the file; ``None`` keeps nothing.
+        path: the file of this process; ``None`` keeps nothing.
     """
 
     def __init__(self, path: str | Path | None):
-        """Read what is there.
+        """Read what is there; returns when all processes have read the same.
+
+        Args:
+            path: the file of process 0.
 
         Raises:
-            ValueError: a line is not one of ours; names it.
+            ValueError: a line is not one of ours, naming it; or the processes do not see the same
+                files.
         """
-        self.path = None if path is None else Path(path)
+        self.path = None
         self._found: dict[str, dict[str, Any]] = {}
-        if self.path is None or not self.path.exists():
+        if path is None:
             return
-        data = self.path.read_bytes()
+        first = Path(path)
+        own = f"-{jax.process_index()}" if processes.several() and not processes.is_first() else ""
+        self.path = first.with_stem(first.stem + own)
+        for file in (first, *sorted(first.parent.glob(f"{first.stem}-*{first.suffix}"))):
+            if file.exists():
+                self._read(file)
+        # Nothing is written before everything is read.
+        known = processes.gather(hashlib.sha256(repr(sorted(self._found)).encode()).hexdigest())
+        if len(set(known)) > 1:
+            raise ValueError(
+                f"the processes read different answers in {first.parent}: it must be a folder that "
+                "all of them see"
+            )
+
+    def _read(self, file: Path) -> None:
+        data = file.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
             try:
@@ -47,11 +73,11 @@ class Answers:
                 self._found[record["key"]] = record | {"reply": record["reply"]}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{self.path}:{number} is no answer that was written here: {error!r}; remove "
+                    f"{file}:{number} is no answer that was written here: {error!r}; remove "
                     "the file, or give another output"
                 ) from error
-        if len(whole) < len(data):
-            self.path.write_bytes(whole)
+        if len(whole) < len(data) and file == self.path:
+            file.write_bytes(whole)
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a record of this key."""
@@ -61,12 +87,12 @@ class Answers:
         """The record of this key, the newest if there are several."""
         return self._found[key]
 
-    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Append records, each with its ``key``."""
+    def add(self, records: Sequence[Mapping[str, Any]], write: bool = True) -> None:
+        """Append records, each with its ``key``; those that another process wrote are only kept."""
         lines = [json.dumps(dict(record), allow_nan=False) for record in records]
         # As they will be read back.
         self._found.update({record["key"]: record for record in map(json.loads, lines)})
-        if self.path is not None:
+        if write and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in lines)
@@ -128,7 +154,9 @@ def ask(
     """The records of all questions, in order; those of ``answers`` are not asked again.
 
     A reply depends on its question and its number alone: batches that were cut off and taken up
-    again say what they would have said. Scores are taken anew from replies that were read back.
+    again say what they would have said, and so do processes that share the questions out: each
+    answers every n-th and gets the others' answers, so that all return the same. Scores are taken
+    anew from replies that were read back.
 
     Args:
         asked: how.
@@ -160,35 +188,56 @@ def ask(
     keys = asked.keys(system, cell, prompts)
     missing = [i for i, key in enumerate(keys) if key not in answers]
     report(len(examples) - len(missing))
+    # The same on all processes, which have read the same answers.
     if missing:
-        config = system_replies.stopping(asked.config, tokenizer)
-        batches = system_replies.batches(
-            system, [prompts[i] for i in missing], config,
-            seed=asked.seed, pad_token_id=tokenizer.pad_id, max_length=asked.max_length,
-            batch_size=asked.batch_size, numbers=missing,
-            width=width or max(map(len, prompts)),
-        )  # fmt: skip
-        at = 0
-        for decoded in batches:
-            replies = system_replies.replies(tokenizer, decoded, config.stop)
-            rows = missing[at : at + len(replies.texts)]
+        mine, said = missing[jax.process_index() :: jax.process_count()], []
+        common = {"system": system.name, "weights": asked.weights[system.name]} | dict(cell)
+        batches = _answered(asked, system, prompts, mine, width or max(map(len, prompts)))
+        for batch in batches if mine else ():
             records = [
-                {"key": keys[i], "system": system.name, "weights": asked.weights[system.name]}
-                | dict(cell)
-                | {
+                {"key": keys[i]} | common | own | dict(score(i, own["reply"])) for i, own in batch
+            ]
+            answers.add(records)
+            report(len(records))
+            said += records
+        for number, others in enumerate(processes.gather(said)):
+            if number != jax.process_index():
+                answers.add(others, write=False)
+                report(len(others))
+    found = [answers[key] for key in keys]
+    return [record | dict(score(i, record["reply"])) for i, record in enumerate(found)]
+
+
+def _answered(
+    asked: Asked,
+    system: System,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    width: int,
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Batches of (number, what the record says of the answer to that prompt)."""
+    tokenizer, config = asked.tokenizer, system_replies.stopping(asked.config, asked.tokenizer)
+    batches = system_replies.batches(
+        system, [prompts[i] for i in numbers], config,
+        seed=asked.seed, pad_token_id=tokenizer.pad_id, max_length=asked.max_length,
+        batch_size=asked.batch_size, numbers=numbers, width=width,
+    )  # fmt: skip
+    at = 0
+    for decoded in batches:
+        replies = system_replies.replies(tokenizer, decoded, config.stop)
+        rows = numbers[at : at + len(replies.texts)]
+        at += len(rows)
+        columns = zip(rows, replies.texts, replies.lengths, np.asarray(decoded.steps), strict=True)
+        yield [
+            (
+                i,
+                {
                     "index": i,
                     "prompt": tokenizer.decode(prompts[i], skip_special=False),
                     "reply": text,
                     "tokens": int(length),
                     "steps": int(steps),
-                }
-                | dict(score(i, text))
-                for i, text, length, steps in zip(
-                    rows, replies.texts, replies.lengths, np.asarray(decoded.steps), strict=True
-                )
-            ]
-            answers.add(records)
-            report(len(rows))
-            at += len(rows)
-    found = [answers[key] for key in keys]
-    return [record | dict(score(i, record["reply"])) for i, record in enumerate(found)]
+                },
+            )
+            for i, text, length, steps in columns
+        ]

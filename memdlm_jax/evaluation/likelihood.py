@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from memdlm_jax import processes
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.sft import EncodeConfig, Encoder, Row
 from memdlm_jax.data.tokenizer import Tokenizer
@@ -327,6 +328,8 @@ def over_rows(
 ) -> Any:
     """Measure all rows in batches of like length, compiled once for each width.
 
+    Several processes share out the batches, and all return the same.
+
     Args:
         measure: (places of the rows [b], the rows, target slots that hold any row's response) ->
             tree of arrays [b, ...].
@@ -339,11 +342,14 @@ def over_rows(
     """
     order = np.argsort([len(row.tokens) for row in rows], kind="stable")
     capacity = up_to(32, max(len(row.tokens) - row.prompt_length for row in rows))
-    found: Any = None
-    for start in range(0, len(rows), batch_size):
+    mine = []
+    for start in range(0, len(rows), batch_size)[jax.process_index() :: jax.process_count()]:
         # A short last batch repeats its last row: one shape, and the repeats write the same loss.
         places = order[np.minimum(np.arange(start, start + batch_size), len(rows) - 1)]
         part = measure(places, pad_rows([rows[i] for i in places], pad_token_id), capacity)
+        mine.append((places, jax.device_get(part)))
+    found: Any = None
+    for places, part in itertools.chain.from_iterable(processes.gather(mine)):
         if found is None:
             found = jax.tree.map(lambda leaf: np.zeros((len(rows), *leaf.shape[1:])), part)
         for whole, piece in zip(jax.tree.leaves(found), jax.tree.leaves(part), strict=True):

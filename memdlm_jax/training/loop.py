@@ -1,24 +1,23 @@
 """The loop around the step: data, validation, checkpoints, metrics, resuming, stopping."""
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import numpy as np
 import tqdm
 
+from memdlm_jax import processes
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
+from memdlm_jax.training import feed
+from memdlm_jax.training.feed import Batches
 from memdlm_jax.training.interruption import stop_on_sigterm
 from memdlm_jax.training.metrics import MetricsWriter
-from memdlm_jax.training.parallel import CompiledSteps, Placed, most_targets
+from memdlm_jax.training.parallel import CompiledSteps, Placed
 from memdlm_jax.training.sharding import MeshConfig
 from memdlm_jax.training.speed import Speed, Trace
 from memdlm_jax.training.state import TrainState
@@ -36,18 +35,6 @@ class NotFinite(FloatingPointError):
 
 Probe = Callable[[Theta], Mapping[str, float]]
 """Measures theta in any other way: name -> value."""
-
-
-class Batches(Protocol):
-    """Training data: the batch of a step is a pure function of the step."""
-
-    def batch_at(self, step: int) -> Batch:
-        """Return the batch of optimiser step ``step`` as numpy arrays [b, l]."""
-        ...
-
-    def target_capacity(self, length: int) -> int:
-        """Most targets that a row of a batch of this length can have."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +112,15 @@ def run(
     A run that was stopped, even by SIGKILL, and started again ends in the same state to the bit
     as one that was not, on the same kind and number of devices. SIGTERM saves and returns.
 
+    Several processes (``processes.start``) do one run over the devices of all: each calls this with
+    the same arguments and sees the same folder. Process 0 writes metrics, all write checkpoints.
+
     Args:
         config: settings of the loop.
         setup: of the step.
         state: before the first step; donated.
-        data: training batches; batches of equal length share one compilation.
+        data: training batches; batches of equal length share one compilation. Of several processes
+            each reads its own rows if the data is ``Divisible``; else it makes whole batches.
         validation: batches of host arrays, scored with the same masks every time.
         identity: dotted name -> JSON value of what a resumed run must have in common with the
             first (model, optimiser, digest of the data).
@@ -148,7 +139,7 @@ def run(
             state are not those of the checkpoint.
     """
     with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
-        steps = CompiledSteps(setup, capacity_for(data, validation), frozen, mesh)
+        steps = CompiledSteps(setup, feed.capacity_for(data, validation), frozen, mesh)
         progress = _restored(checkpoints, steps.place(state))
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
             loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)
@@ -181,37 +172,15 @@ def load_best(
         return checkpoints.restore(result.best_step, result.state).state.theta
 
 
-def capacity_for(data: Batches, validation: Sequence[Batch]) -> Callable[[int], int]:
-    """Row length -> target slots that hold the rows of training and of validation.
-
-    The two can differ: a validation row may have a longer response than any training row.
-    """
-    needed: collections.Counter[int] = collections.Counter()
-    for batch in validation:
-        length = batch.tokens.shape[1]
-        needed[length] = max(needed[length], most_targets(batch))
-    return lambda length: max(data.target_capacity(length), needed[length])
-
-
 def _checkpoints(config, setup, validation, identity) -> TrainingCheckpoints:
     same = describe(setup) | {
         "train.seed": config.seed,
         # The best step is the best on these rows and masks only.
         "train.validation_seed": config.validation_seed,
-        "validation.batches": batches_digest(validation),
+        "validation.batches": feed.batches_digest(validation),
     }
     folder = Path(config.output) / "checkpoints"
     return TrainingCheckpoints(folder, same | dict(identity or {}), config.keep_last)
-
-
-def batches_digest(batches: Sequence[Batch]) -> str:
-    """Sha256 of the content of batches of host arrays, in their order."""
-    found = hashlib.sha256()
-    for batch in batches:
-        for leaf in jax.tree.leaves(batch):
-            found.update(f"{leaf.shape} {leaf.dtype} ".encode())
-            found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()
 
 
 def describe(setup: StepSetup) -> dict[str, Any]:
@@ -273,10 +242,10 @@ class _Loop:
         self.speed = Speed(self.steps, self.config.peak_flops)
         self.pending: list[tuple[int, Metrics]] = []
         self.saved = p.step
-        trace = Trace(c.output, p.step, c.profile_steps)
-        batches = ahead(lambda i: self.steps.put(self.data.batch_at(i)), p.step, c.steps)
+        trace = Trace(c.output, p.step, c.profile_steps if processes.is_first() else 0)
+        batches = feed.ahead(lambda step: feed.put(self.steps, self.data, step), p.step, c.steps)
         with contextlib.closing(batches), stop_on_sigterm() as stop, trace, self._bar() as bar:
-            while p.step < c.steps and not stop.is_set():
+            while p.step < c.steps and not stop(p.step):
                 self._take_step(next(batches))
                 bar.update()
                 trace.after_step(p.step, p.state)
@@ -289,8 +258,10 @@ class _Loop:
 
     def _bar(self) -> tqdm.tqdm:
         """Progress with the time left; silent where the output is no terminal."""
-        total, done = self.config.steps, self.progress.step
-        return tqdm.tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
+        return tqdm.tqdm(
+            total=self.config.steps, initial=self.progress.step, unit="step", dynamic_ncols=True,
+            disable=None if processes.is_first() else True,
+        )  # fmt: skip
 
     def _due(self, *periods: int) -> bool:
         """Whether the step just taken is the last, or a multiple of one of the periods."""
@@ -305,14 +276,16 @@ class _Loop:
         """Dispatch one step; nothing here waits for the device."""
         c, p = self.config, self.progress
         key = jax.random.fold_in(jax.random.key(c.seed), p.step)
-        self.speed.count(p.state, batch.host)
+        self.speed.count(p.state, batch.shapes)
         p.step += 1
         p.state, metrics = self.steps.train(p.state, batch, key, self._reporting())
         self.pending.append((p.step, metrics))
 
     def _report(self, bar: tqdm.tqdm) -> None:
         """Check, validate and save as is due; write one line of metrics."""
-        metrics = self._checked() | self.speed.since_last_report()
+        taken = self._checked()
+        metrics = taken[-1] if taken else {}
+        metrics |= self.speed.since_last_report(int(sum(one["tokens"] for one in taken)))
         bar.set_postfix(loss=metrics["loss/memory_off"])
         loss, every = None, self.config.validate_every
         if self.validation and every and self._due(every):
@@ -325,8 +298,8 @@ class _Loop:
         self._save_if_due(loss)
         self.speed.restart()
 
-    def _checked(self) -> dict[str, float]:
-        """Fetch the pending metrics and return the newest; the state is good if this returns."""
+    def _checked(self) -> list[dict[str, float]]:
+        """Fetch and return the pending metrics of each step; the state is good if this returns."""
         pending, self.pending = jax.device_get(self.pending), []
         for step, metrics in pending:
             found = {name: float(metrics[name]) for name in _MUST_BE_FINITE}
@@ -335,7 +308,7 @@ class _Loop:
                     f"step {step}: {found}; nothing was saved since step {self.saved}. "
                     "Lower optimizer.learning_rate or set optimizer.clip_norm"
                 )
-        return {name: float(value) for name, value in pending[-1][1].items()} if pending else {}
+        return [{name: float(value) for name, value in one.items()} for _, one in pending]
 
     def _validate(self) -> dict[str, float]:
         p = self.progress
@@ -358,19 +331,6 @@ class _Loop:
         best = None if p.best_step is None else [p.best_step, p.best_loss]
         self.checkpoints.save(p.step, p.state, position=p.step, loss=loss, extra={"best": best})
         self.saved = p.step
-
-
-def ahead(
-    batch_at: Callable[[int], Placed], start: int, stop: int, depth: int = 2
-) -> Generator[Placed, None, None]:
-    """Batches of steps ``start .. stop - 1``, ``depth`` of them made in a thread meanwhile."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = collections.deque(pool.submit(batch_at, i) for i in range(start, stop)[:depth])
-        for upcoming in range(start + depth, stop + depth):
-            batch = waiting.popleft().result()
-            if upcoming < stop:
-                waiting.append(pool.submit(batch_at, upcoming))
-            yield batch
 
 
 def validate(

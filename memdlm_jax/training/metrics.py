@@ -8,13 +8,21 @@ from pathlib import Path
 
 import tensorboardX
 
+from memdlm_jax import processes
+
 
 class MetricsWriter:
-    """Appends to ``metrics.jsonl`` and to TensorBoard event files of one folder."""
+    """Appends to ``metrics.jsonl`` and to TensorBoard event files of one folder.
+
+    Of several processes the first does; in the others it does nothing.
+    """
 
     def __init__(self, folder: str | Path, step: int = 0):
         """Open for a run that continues after ``step``; lines beyond it are cut off."""
         folder = Path(folder)
+        self._writes = processes.is_first()
+        if not self._writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         cut_after(self.path, step)
@@ -23,6 +31,8 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line and its curves; values that are not finite become null in JSON."""
+        if not self._writes:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
@@ -32,6 +42,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close both."""
+        if not self._writes:
+            return
         self._file.close()
         self._board.close()
 

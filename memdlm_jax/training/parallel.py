@@ -1,7 +1,8 @@
-"""The step functions compiled for the devices of this process, in three ways.
+"""The step functions compiled for one device or several, in three ways.
 
-``jit`` on one device; ``pmap`` on several, every one with all parameters; ``jit`` over a mesh that
-divides rows, parameters and activations (``sharding``).
+``jit`` on one device; ``pmap`` on several of one process, every one with all parameters; ``jit``
+over a mesh that divides rows, parameters and activations (``sharding``), also over the devices of
+several processes.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from memdlm_jax import partitioning
 from memdlm_jax.training import flops, step
@@ -37,12 +39,26 @@ class Placed:
     """A batch that is on its way to the devices.
 
     Attributes:
-        host: the batch as it was given, numpy arrays [b, l].
-        device: the same on the device, or [devices, b / devices, l] divided among several.
+        host: the batch as it was given, numpy arrays [b, l], or this process's rows of it.
+        device: the whole batch on the device, or [devices, b / devices, l] divided among several.
     """
 
     host: Batch
     device: Batch
+
+    @property
+    def shapes(self) -> Batch:
+        """Shapes and dtypes of the whole batch, [b, l]."""
+        length = self.host.tokens.shape[1]
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((leaf.size // length, length), leaf.dtype),
+            self.device,
+        )
+
+
+def mesh_for(mesh: MeshConfig | None) -> MeshConfig | None:
+    """The mesh to use: among several processes, where none is given, rows over all devices."""
+    return MeshConfig() if mesh is None and jax.process_count() > 1 else mesh
 
 
 def most_targets(batch: Batch) -> int:
@@ -112,7 +128,13 @@ class _OnMesh:
 
     def put(self, batch: Batch, accumulation: int) -> Batch:
         self.layout.check_batch(batch, accumulation)
-        return jax.device_put(batch, self.layout.rows)
+        return self.layout.put_batch(batch)
+
+    def put_rows(self, part: Batch, accumulation: int) -> Batch:
+        """This process's rows to the devices."""
+        placed = self.layout.put_rows(part)
+        self.layout.check_batch(placed, accumulation)
+        return placed
 
     def wrap(self, function: Callable, donate: tuple[int, ...], extra: int, tree: Any) -> Any:
         del extra
@@ -159,21 +181,16 @@ class CompiledSteps:
             setup: of the step; its ``capacity`` and ``axis_name`` are set here.
             capacity_of: row length -> target slots of a row.
             frozen: the part of theta that is not trained, see ``step.train_step``.
-            mesh: how to divide parameters and rows; ``None`` is ``jit`` on one device and ``pmap``
-                on more.
-            devices: to run on, all local ones if not given.
+            mesh: how to divide parameters and rows; ``None`` is as ``mesh_for`` has it: ``jit`` on
+                one device and ``pmap`` on more.
+            devices: to run on, all of all processes if not given.
 
         Raises:
-            RuntimeError: if JAX runs on several processes.
             ValueError: the mesh does not fit the devices, see ``MeshConfig.sizes``; or ``frozen``,
                 see ``Layout.spec``.
         """
-        if jax.process_count() > 1:
-            raise RuntimeError(
-                f"{jax.process_count()} JAX processes; this loop drives the devices of one"
-            )
         self._setup, self._capacity_of = setup, capacity_of
-        devices = jax.local_devices() if devices is None else list(devices)
+        devices, mesh = jax.devices() if devices is None else list(devices), mesh_for(mesh)
         self._way: _OneDevice | _Mapped | _OnMesh
         if mesh is not None:
             self._way = _OnMesh(Layout(mesh.build(devices)))
@@ -200,6 +217,23 @@ class CompiledSteps:
         self._check_capacity(batch)
         return Placed(batch, self._way.put(batch, self._setup.optimizer.accumulation))
 
+    def rows_here(self, count: int) -> Int[np.ndarray, "r"]:
+        """Which rows of a batch of ``count`` this process has to give to ``put_rows``, ascending.
+
+        Raises:
+            ValueError: so many rows cannot be divided among the devices.
+        """
+        if isinstance(self._way, _OnMesh):
+            return self._way.layout.rows_here(count)
+        return np.arange(count)
+
+    def put_rows(self, part: Batch) -> Placed:
+        """``put`` of a batch of which this process has only its rows, see ``rows_here``."""
+        if not isinstance(self._way, _OnMesh):
+            return self.put(part)
+        self._check_capacity(part)
+        return Placed(part, self._way.put_rows(part, self._setup.optimizer.accumulation))
+
     def train(
         self, state: TrainState, batch: Batch | Placed, key: Key, report: bool
     ) -> tuple[TrainState, Metrics]:
@@ -220,7 +254,7 @@ class CompiledSteps:
         Counted on the traced step (see ``flops``) of one device that holds the whole batch, the
         memory-off loss and what remat computes again left out: model FLOPs. The share is
         1 - plain / with memory, where plain is the same step with ``memory = None``. Traced once
-        per batch shape.
+        per batch shape; ``batch`` may hold ``jax.ShapeDtypeStruct``.
         """
         shape = batch.tokens.shape
         if shape not in self._flops:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from memdlm_jax import partitioning
 from memdlm_jax.partitioning import AXES, PARAMETER_AXIS_OF
@@ -139,8 +140,14 @@ class Layout:
         return place
 
     def place(self, tree: Any) -> Any:
-        """Put arrays where they belong; raises as ``spec``."""
-        return jax.device_put(tree, self.shardings(tree))
+        """Put arrays where they belong; raises as ``spec``.
+
+        Among several processes each has the same whole arrays, or arrays of the mesh already.
+        """
+        places = self.shardings(tree)
+        if self.mesh.is_multi_process:
+            return jax.tree.map(_put_share, tree, places)
+        return jax.device_put(tree, places)
 
     def abstract(self, tree: Any) -> Any:
         """The tree as ``jax.ShapeDtypeStruct`` with places: what ``lower`` and a restore take."""
@@ -159,6 +166,42 @@ class Layout:
         """Rows over ``data`` and ``fsdp``, tokens over ``sequence``: for leaves [b, l]."""
         spec = PartitionSpec(partitioning.ROW_AXES, partitioning.SEQUENCE)
         return NamedSharding(self.mesh, spec)
+
+    def rows_here(self, count: int) -> Int[np.ndarray, "r"]:
+        """Which of a batch's ``count`` rows the devices of this process hold, ascending.
+
+        Raises:
+            ValueError: they cannot be divided over the mesh.
+        """
+        if count % (shards := partitioning.row_shards(self.mesh)):
+            raise ValueError(
+                f"a batch of {count} rows must be a multiple of mesh.data * mesh.fsdp = {shards}"
+            )
+        by_row = NamedSharding(self.mesh, PartitionSpec(partitioning.ROW_AXES))
+        found = by_row.addressable_devices_indices_map((count,)).values()
+        return np.unique([row for (part,) in filter(None, found) for row in range(count)[part]])
+
+    def put_batch(self, batch: Batch) -> Batch:
+        """Start to move a whole batch of host arrays [b, l] to the devices."""
+        if not self.mesh.is_multi_process:
+            return jax.device_put(batch, self.rows)
+        return jax.tree.map(lambda leaf: _put_share(leaf, self.rows), batch)
+
+    def put_rows(self, part: Batch) -> Batch:
+        """``put_batch`` of a batch of which this process has only its ``rows_here``."""
+        here, length = part.tokens.shape
+        shards = partitioning.row_shards(self.mesh)
+        count = here * shards // len(self.rows_here(shards))
+        mine = self.rows_here(count)
+
+        def share(leaf):
+            def of(index):
+                rows, columns = index
+                return leaf[np.searchsorted(mine, range(count)[rows]), columns]
+
+            return jax.make_array_from_callback((count, length), self.rows, of)
+
+        return jax.tree.map(share, part)
 
     def check_batch(self, batch: Batch, accumulation: int = 1) -> None:
         """Raise ValueError if a batch [b, l] cannot be divided over the mesh."""
@@ -207,6 +250,18 @@ class Layout:
                 "every device. Choose sizes of the mesh that divide it"
             )
         return PartitionSpec(*axes), notes
+
+
+def _put_share(leaf: Any, place: NamedSharding) -> jax.Array:
+    """An array that every process has, or one of the mesh, where it belongs on several processes.
+
+    ``jax.device_put`` would first compare what the processes have.
+    """
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        if leaf.sharding == place:
+            return leaf
+        return jax.jit(lambda x: x, out_shardings=place)(leaf)
+    return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
 
 
 def _named(tree: Any) -> Iterator[tuple[str, Any]]:

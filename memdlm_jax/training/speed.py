@@ -37,23 +37,22 @@ class Speed:
     def __init__(self, steps: CompiledSteps, peak: float = 0.0):
         """Start the clock; ``peak`` FLOPs a second of one device, 0 to look it up."""
         self._steps = steps
-        devices = jax.local_devices()
+        devices = jax.devices()
         self._peak = (peak or peak_flops(devices[0].device_kind) or 0.0) * len(devices)
         self.restart()
 
     def restart(self) -> None:
         """Forget what was counted."""
-        self._tokens, self._flops, self._share = 0, 0, 0.0
+        self._flops, self._share = 0, 0.0
         self._start, self._compiled = time.monotonic(), self._steps.compile_seconds
 
     def count(self, state: TrainState, batch: Batch) -> None:
-        """Add one step on this batch."""
+        """Add one step on this batch, arrays [b, l] or their shapes."""
         flops, self._share = self._steps.inner_loop_share(state, batch)
         self._flops += flops
-        self._tokens += int(batch.valid.sum())
 
-    def since_last_report(self) -> dict[str, float]:
-        """Rates since the last restart; call it when the device is done.
+    def since_last_report(self, tokens: int) -> dict[str, float]:
+        """Rates since the last restart, in which ``tokens`` were read; call it when all is done.
 
         ``inner_flops_share`` is the inner loop's share of the matrix products of the newest step,
         see ``CompiledSteps.inner_loop_share``; ``model_flop_utilisation`` is the rate of model
@@ -62,7 +61,7 @@ class Speed:
         compiling = self._steps.compile_seconds - self._compiled
         seconds = max(time.monotonic() - self._start - compiling, 1e-9)
         rates = {
-            "speed/tokens_per_second": self._tokens / seconds,
+            "speed/tokens_per_second": tokens / seconds,
             "speed/matmul_flops_per_second": self._flops / seconds,
             "speed/inner_flops_share": self._share,
         }

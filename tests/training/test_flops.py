@@ -73,7 +73,7 @@ def test_utilisation_is_of_the_devices_peak():
     for peak in (0.0, 1e9):
         speed = Speed(steps, peak)
         speed.count(tiny.fresh_state(), tiny.batch(rows=2, length=8))
-        rates = speed.since_last_report()
+        rates = speed.since_last_report(9)
         assert ("speed/model_flop_utilisation" in rates) == (peak > 0)
     devices = len(jax.local_devices())
     expected = rates["speed/matmul_flops_per_second"] / 1e9 / devices

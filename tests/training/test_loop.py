@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from memdlm_jax.checkpoints.training_state import ConfigMismatch, NoUsableCheckpoint
-from memdlm_jax.training import loop
+from memdlm_jax.training import feed, loop
 from memdlm_jax.training.metrics import MetricsWriter
 from memdlm_jax.training.parallel import CompiledSteps
 from tests.training import tiny
@@ -255,10 +255,10 @@ def test_profiles_the_steps_asked_for(tmp_path):
 
 
 def test_batches_are_made_in_order_and_closing_early_stops_the_thread():
-    batches = loop.ahead(lambda step: step, 3, 9)
+    batches = feed.ahead(lambda step: step, 3, 9)
     assert [next(batches) for _ in range(3)] == [3, 4, 5]
     batches.close()
-    assert list(loop.ahead(lambda step: step, 3, 5, depth=4)) == [3, 4]
+    assert list(feed.ahead(lambda step: step, 3, 5, depth=4)) == [3, 4]
 
 
 def test_lines_of_later_steps_are_cut(tmp_path):

@@ -1,0 +1,184 @@
+"""Run by ``test_processes`` in several real processes that do one job.
+
+    python -m tests.training.on_processes JOB FOLDER PORT COUNT NUMBER
+
+Writes one JSON object, name of a check -> what was found, to FOLDER/JOB-NUMBER.json.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from memdlm_jax import processes
+from memdlm_jax.data.example import Example
+from memdlm_jax.data.pipeline import Pipeline, PipelineConfig
+from memdlm_jax.data.sft import Row
+from memdlm_jax.data.tokenizer import Tokenizer
+from memdlm_jax.diffusion.samplers import DecodeConfig
+from memdlm_jax.evaluation import asking, likelihood
+from memdlm_jax.evaluation.asking import Answers, Asked
+from memdlm_jax.evaluation.systems import System
+from memdlm_jax.models.llada import LLaDA, LLaDAConfig
+from memdlm_jax.processes import DistributedConfig
+from memdlm_jax.training import loop, optimizer, state
+from memdlm_jax.training.parallel import CompiledSteps
+from memdlm_jax.training.sharding import MeshConfig
+from memdlm_jax.training.step import StepSetup
+from tests.training import tiny
+
+HEARTBEAT = 10
+STEPS, ROWS, LENGTH = 20, 8, 12
+SIGTERM_AT = 6
+ASSETS = Path(loop.__file__).parents[1] / "assets" / "tiny"
+# Epsilon of 1: Adam would otherwise blow up what rounding leaves of a gradient of zero.
+SETUP = StepSetup(
+    tiny.DENOISER,
+    optimizer.OptimizerConfig(STEPS, learning_rate=0.1, epsilon=1.0),
+    dataclasses.replace(tiny.MEMORY, steps=1),
+)
+
+
+class ListOfRows(list):
+    """Rows that remember which of them were read."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.taken = []
+
+    def take(self, indices):
+        self.taken += indices
+        return [self[i] for i in indices]
+
+
+class Data(Pipeline):
+    """One length, rows of very unequal numbers of tokens; every row comes once in a run."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(5, LENGTH + 1, ROWS * STEPS)
+        self.rows = ListOfRows(
+            Row(rng.integers(0, 38, n, dtype=np.int32), int(rng.integers(1, 5))) for n in lengths
+        )
+        both = lengths, np.asarray([row.prompt_length for row in self.rows])
+        config = PipelineConfig(buckets=(LENGTH,), rows_per_batch=ROWS)
+        super().__init__(self.rows, both, config, pad_id=38, eos_id=38)
+
+    def part_at(self, step, choose):
+        self.before(step)
+        return super().part_at(step, choose)
+
+    def before(self, step):
+        """Called when the rows of a step are asked for."""
+
+
+class Stopping(Data):
+    """Process 1 is told to stop; from then on every step takes its time."""
+
+    def before(self, step):
+        if step == SIGTERM_AT and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step >= SIGTERM_AT:
+            time.sleep(0.5)
+
+
+class Dying(Data):
+    """The last process goes as in a power cut, when what was saved is on disk."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def before(self, step):
+        if step >= self.last and jax.process_index() == jax.process_count() - 1:
+            time.sleep(1.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(folder, data):
+    """The run that every job takes its part of."""
+    config = loop.TrainConfig(
+        str(folder / "run"), STEPS, log_every=1, validate_every=5, save_every=2, keep_last=100
+    )
+    theta = jax.device_get(tiny.DENOISER.init(jax.random.key(0)))
+    start = state.create(theta, SETUP.optimizer)
+    return loop.run(config, SETUP, start, data, [tiny.batch(1, ROWS, LENGTH)])
+
+
+def questions(folder, report=lambda done: None):
+    """Records of five questions that are asked with noise, each process its own."""
+    denoiser = LLaDA(LLaDAConfig(4096, 16, 1, 2, 1, 32, mask_token_id=1, max_length=64))
+    theta = denoiser.init(jax.random.key(3))
+    asked = Asked(
+        Tokenizer.load(ASSETS / "tokenizer.json"),
+        DecodeConfig(length=2, block_length=1, temperature=1.0), 64, 2, 7, {"mdlm": "w"},
+    )  # fmt: skip
+    examples = [Example(f"who {'really ' * i}asks?", "x", str(i), "t") for i in range(5)]
+    return asking.ask(
+        asked, System("mdlm", denoiser, theta), {"task": "t"}, examples,
+        lambda i, reply: {"scores": {"length": float(len(reply))}},
+        Answers(folder / "answers.jsonl"), report,
+    )  # fmt: skip
+
+
+def measured():
+    """Some number of every row, each process measuring its own batches."""
+    rows = [Row(np.arange(n, dtype=np.int32), 1) for n in (9, 4, 7, 5, 6)]
+    return likelihood.over_rows(
+        lambda places, batch, capacity: batch.tokens.sum(-1) * 1.5 + places, rows, 0, 2
+    ).tolist()
+
+
+def placed_by_hand():
+    """A batch over a mesh that holds tokens of one row on two processes, and not all rows here."""
+    steps = CompiledSteps(SETUP, lambda length: length, mesh=MeshConfig(1, sequence=2))
+    whole = tiny.batch(rows=4, length=8)
+    both = steps.put(whole), steps.put_rows(whole)
+    here = [shard.data.shape for shard in both[0].device.tokens.addressable_shards]
+    same = all(np.array_equal(processes.whole(one.device.tokens), whole.tokens) for one in both)
+    return {"rows": steps.rows_here(4).tolist(), "shapes": here, "equal": same}
+
+
+def first_job(folder):
+    data = Stopping()
+    found = {
+        "gathered": processes.gather({"number": jax.process_index(), "text": "x" * 9}),
+        "alone": processes.first_alone(lambda: (folder / "noted").exists() or _note(folder)),
+        "questions": questions(folder),
+        "measured": measured(),
+        "placed": placed_by_hand(),
+    }
+    result = train(folder, data)
+    return found | {
+        "step": int(result.state.step), "finished": result.finished, "taken": data.rows.taken
+    }  # fmt: skip
+
+
+def _note(folder):
+    (folder / "noted").write_text("")
+    return False
+
+
+def second_job(folder):
+    last = max(int(f.name) for f in (folder / "run" / "checkpoints").iterdir())
+    processes.wait_for_all()  # before any step is added
+    train(folder, Dying(last + 4))
+
+
+def main(job, folder, port, count, number):
+    config = DistributedConfig(f"127.0.0.1:{port}", int(count), int(number), False, HEARTBEAT)
+    processes.start(config)
+    processes.start(config)  # changes nothing
+    with processes.ending_together():
+        found = {"first": first_job, "second": second_job}[job](Path(folder))
+    Path(folder, f"{job}-{number}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
