@@ -166,11 +166,11 @@ def load_best(
         config: as given to ``run``.
         setup: as given to ``run``.
         result: what ``run`` returned.
-        validation, identity: as given to ``run``.
+        validation: as given to ``run``.
+        identity: as given to ``run``.
 
     Raises:
-        CorruptCheckpoint: if that step cannot be trusted any more.
-        NoUsableCheckpoint: if it is gone.
+        CorruptCheckpoint, NoUsableCheckpoint: that step cannot be trusted, or is gone.
     """
     if result.best_step in (None, int(result.state.step)):
         return result.state.theta
