@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint clean
+PODS := .venv-pods
+
+.PHONY: quickstart test lint pods clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart --config=experiments/configs/quickstart.py
@@ -18,6 +20,15 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Compilers for devices that are not here: docs/pods.md.
+pods: $(PODS)/.installed
+	$(PODS)/bin/python -m pytest -m pods
+
+$(PODS)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PODS)
+	$(PODS)/bin/pip install --disable-pip-version-check -c constraints.txt -e '.[pods]'
+	touch $@
+
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -25,4 +36,4 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(PODS) build *.egg-info

@@ -1,9 +1,8 @@
 """Write docs/performance.md from the JSON files of the other benchmarks.
 
-    python -m benchmarks.report STEP.json [DECODE.json INPUT.json ...] > docs/performance.md
+    python -m benchmarks.report STEP.json [MEMORY.json DECODE.json ...] > docs/performance.md
 
-Takes what ``--json`` of ``benchmarks.step``, ``benchmarks.decode`` and ``benchmarks.input`` wrote;
-nothing in the page is written by hand.
+Takes what the other benchmarks wrote with ``--json``; nothing in the page is written by hand.
 """
 
 import argparse
@@ -99,6 +98,29 @@ def input_tables(found: Mapping[str, Any]) -> Iterator[str]:
     yield "| padding | " + " | ".join(f"{share:.1%}" for share in shares) + " |"
 
 
+def scaling_table(found: Mapping[str, Any]) -> Iterator[str]:
+    """FLOPs and bytes sent of ``benchmarks.scaling``."""
+    devices = list(found["scaling"])
+    yield "\n## Weak scaling, compiled for simulated devices\nOf one device; two rows on each.\n"
+    yield f"| mesh | | {' | '.join(devices)} devices |"
+    yield "|---|---|" + "---|" * len(devices)
+    for mesh in found["scaling"][devices[0]]:
+        rows = [found["scaling"][count][mesh] for count in devices]
+        gflops = " | ".join(f"{row['flops'] / 1e9:.3f}" for row in rows)
+        sent = " | ".join(f"{row['sent'] / 2**20:.1f}" for row in rows)
+        yield f"| {mesh} | GFLOPs | {gflops} |"
+        yield f"| | MiB sent | {sent} |"
+
+
+def tables(found: Mapping[str, Any]) -> Iterator[str]:
+    """The tables of one file."""
+    kinds = {
+        "shapes": step_tables, "memory": memory_tables, "input": input_tables,
+        "scaling": scaling_table,
+    }  # fmt: skip
+    return next((kind for key, kind in kinds.items() if key in found), decode_tables)(found)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
@@ -109,9 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = json.loads(Path(file).read_text())
         if "machine" not in found:
             parser.error(f"{file} was not written by a benchmark's --json")
-        tables = {"shapes": step_tables, "input": input_tables}
-        kind = next((table for name, table in tables.items() if name in found), decode_tables)
-        lines += kind(found)
+        lines += tables(found)
     print("\n".join(lines))
 
 

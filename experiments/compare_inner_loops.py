@@ -23,6 +23,7 @@ from ml_collections import config_dict
 from experiments import _cli, finetune
 from experiments.finetune import FinetuneConfig
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.training.sharding import MeshConfig
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> CompareConfig:
                 f"config.finetune.train.{field}={tuning['train'][field]!r} must be {default!r}: "
                 "every run has its own"
             )
+    _cli.drop_disabled(tuning, "mesh", MeshConfig)
     tuning |= {"memory": memory, "train": tuning["train"] | {"output": output or "?"}}
     variants = []
     for variant in settings["variants"]:

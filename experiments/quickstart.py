@@ -26,6 +26,7 @@ from memdlm_jax.data import sources
 from memdlm_jax.data.prepare import SourceConfig
 from memdlm_jax.evaluation import figures, report
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.training.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> QuickstartConfig:
         raise ValueError("config.output='' must name a folder")
     tuning, evaluation = settings["finetune"], evaluate.without_disabled(settings["evaluate"])
     tuning |= {"init": model or shipped_model(), "memory": dict(memory)}
+    _cli.drop_disabled(tuning, "mesh", MeshConfig)
     tuning["train"]["output"] = output
     tuning["data"]["directory"] = tuning["data"]["directory"] or str(Path(output) / "data")
     evaluation |= {"output": output, "memory": memory}

@@ -109,8 +109,8 @@ def run(
 ) -> Result:
     """Train to ``config.steps``, resuming from the newest good checkpoint of ``config.output``.
 
-    A run that was stopped, even by SIGKILL, and started again ends in the same state to the bit
-    as one that was not, on the same kind and number of devices. SIGTERM saves and returns.
+    A run that was stopped, even by SIGKILL, and started again ends in the same state to the bit as
+    one that was not, on the same devices and mesh. SIGTERM saves and returns.
 
     Several processes (``processes.start``) do one run over the devices of all: each calls this with
     the same arguments and sees the same folder. Process 0 writes metrics, all write checkpoints.
@@ -122,21 +122,18 @@ def run(
         data: training batches; batches of equal length share one compilation. Of several processes
             each reads its own rows if the data is ``Divisible``; else it makes whole batches.
         validation: batches of host arrays, scored with the same masks every time.
-        identity: dotted name -> JSON value of what a resumed run must have in common with the
-            first (model, optimiser, digest of the data).
+        identity: dotted name -> JSON value of what a resumed run must share with the first.
         probe: further numbers of ``state.theta`` to log at every validation.
         frozen: the part of theta that is not trained, see ``step.train_step``; it is in no
             checkpoint, so ``identity`` has to tell it.
-        mesh: how to divide parameters and rows over the devices, see ``CompiledSteps``; a run may
-            go on on another mesh.
+        mesh: see ``CompiledSteps``; a run may go on on another one.
 
     Returns:
         The last state, and which step validated best.
 
     Raises:
         NotFinite: if loss or gradient of a step is not finite, naming the step.
-        ConfigMismatch: if ``identity``, the validation batches, their masks or the shapes of the
-            state are not those of the checkpoint.
+        ConfigMismatch: if ``identity``, validation or shapes are not those of the checkpoint.
     """
     with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
         steps = CompiledSteps(setup, feed.capacity_for(data, validation), frozen, mesh)
@@ -163,8 +160,7 @@ def load_best(
         identity: as given to ``run``.
 
     Raises:
-        CorruptCheckpoint: if that step cannot be trusted any more.
-        NoUsableCheckpoint: if it is gone.
+        CorruptCheckpoint, NoUsableCheckpoint: that step cannot be trusted, or is gone.
     """
     if result.best_step in (None, int(result.state.step)):
         return result.state.theta

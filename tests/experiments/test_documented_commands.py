@@ -30,6 +30,8 @@ def settings_of(script, arguments):
     )
     if script == "chat":
         flags.DEFINE_boolean("memory", None, "", flag_values=values)
+    if script == "compile_for_tpu":
+        flags.DEFINE_string("topology", None, "", flag_values=values)
     assert values(argv) == [script], "all arguments are overrides"
     return importlib.import_module(f"experiments.{script}").from_config_dict(holder.value)
 
@@ -57,7 +59,8 @@ def test_model_folders_of_the_readme_are_shipped_or_made_by_a_line_above(monkeyp
             continue  # The harness's own options; ``tests/evaluation/test_harness.py`` runs it.
         settings = settings_of(script, arguments)
         found = [getattr(settings, name, "") for name in ("init", "model", "mdlm", "memdlm")]
-        assert {folder for folder in found if folder and isinstance(folder, str)} <= made
+        known = made | (set(PUBLISHED) if script == "compile_for_tpu" else set())
+        assert {folder for folder in found if folder and isinstance(folder, str)} <= known
         if script == "finetune":
             made.add(f"{settings.train.output}/best")
     files = (ROOT / "experiments").glob("[a-z]*.py")

@@ -11,6 +11,7 @@ from experiments import _cli, finetune
 from experiments.configs import finetune_jsonl, finetune_needles
 from memdlm_jax.checkpoints.training_state import ConfigMismatch, CorruptCheckpoint
 from memdlm_jax.training.loop import NotFinite
+from memdlm_jax.training.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,14 @@ def test_the_shipped_config_builds_with_and_without_memory():
     assert config.memory is not None and config.optimizer.total_steps == config.train.steps
     plain = finetune.from_config_dict(needles(**{"memory.enabled": False}))
     assert dataclasses.replace(plain, memory=config.memory) == config
+
+
+def test_a_mesh_must_be_asked_for_and_is_checked_all_the_same():
+    assert finetune.from_config_dict(needles()).mesh is None
+    meshed = finetune.from_config_dict(needles(**{"mesh.enabled": True, "mesh.fsdp": 2}))
+    assert meshed.mesh == MeshConfig(fsdp=2)
+    with pytest.raises(ValueError, match=r"config\.mesh: mesh\.fsdp=0 must be at least 1"):
+        finetune.from_config_dict(needles(**{"mesh.fsdp": 0}))
 
 
 def test_the_config_for_own_examples_builds():

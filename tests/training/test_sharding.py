@@ -155,7 +155,7 @@ def found(environment):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8 {cheap}"
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.on_meshes"],
-        env=os.environ | environment | {"XLA_FLAGS": flags}, capture_output=True, timeout=900,
+        env=os.environ | environment | {"XLA_FLAGS": flags}, capture_output=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
