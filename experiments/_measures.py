@@ -210,10 +210,12 @@ def held_out_rows(config: EvaluateConfig, loaded: Loaded) -> list[Row]:
             f"the split {split!r} has {taken}, in {groups} groups: {error}. Give "
             "more groups, or set held_out.split='all' for a file that is all held out"
         ) from error
-    print(
-        f"held-out: {len(rows)} rows, one a group, of {groups} groups ({taken}, split {split!r})",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    if processes.is_first():
+        print(
+            f"held-out: {len(rows)} rows, one a group, of {groups} groups ({taken}, split "
+            f"{split!r})",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     return rows
 
 

@@ -14,13 +14,22 @@ ROOT = Path(memdlm_jax.__file__).parent
 MAY_IMPORT = {
     "typing": set(),
     "partitioning": set(),
+    "processes": set(),
     "diffusion": {"typing"},
     "memory": {"typing", "partitioning", "diffusion"},
     "models": {"typing", "partitioning"},
-    "checkpoints": {"typing", "models"},
+    "checkpoints": {"typing", "processes", "models"},
     "data": {"typing"},
-    "training": {"typing", "partitioning", "diffusion", "memory", "checkpoints", "data"},
-    "evaluation": {"typing", "diffusion", "memory", "models", "data"},
+    "training": {  # fmt: skip
+        "typing",
+        "partitioning",
+        "processes",
+        "diffusion",
+        "memory",
+        "checkpoints",
+        "data",
+    },
+    "evaluation": {"typing", "processes", "diffusion", "memory", "models", "data"},
 }
 # A config arrives as frozen dataclasses; PyTorch and TensorFlow are no dependencies.
 NEVER = {"experiments", "absl", "ml_collections", "torch", "tensorflow"}
