@@ -98,14 +98,29 @@ class Dying(Data):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(folder, data):
-    """The run that every job takes its part of."""
-    config = loop.TrainConfig(
+def train_config(folder):
+    return loop.TrainConfig(
         str(folder / "run"), STEPS, log_every=1, validate_every=5, save_every=2, keep_last=100
     )
+
+
+def validation():
+    return [tiny.batch(1, ROWS, LENGTH)]
+
+
+def train(folder, data):
+    """The run that every job takes its part of."""
     theta = jax.device_get(tiny.DENOISER.init(jax.random.key(0)))
     start = state.create(theta, SETUP.optimizer)
-    return loop.run(config, SETUP, start, data, [tiny.batch(1, ROWS, LENGTH)])
+    return loop.run(train_config(folder), SETUP, start, data, validation())
+
+
+def norm_after(step, folder, result):
+    """Norm of the parameters that were saved after a step."""
+    result = dataclasses.replace(result, best_step=step)
+    theta = loop.load_best(train_config(folder), SETUP, result, validation())
+    leaves = [processes.whole(leaf) for leaf in jax.tree.leaves(theta)]
+    return float(np.sqrt(sum(np.sum(leaf**2) for leaf in leaves)))
 
 
 def step_with_memory():
@@ -164,6 +179,7 @@ def first_job(folder):
     }
     result = train(folder, data)
     return found | {
+        "norm_after_2": norm_after(2, folder, result),
         "step": int(result.state.step), "finished": result.finished, "taken": data.rows.taken
     }  # fmt: skip
 

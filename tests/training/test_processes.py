@@ -135,6 +135,13 @@ def test_a_corrupt_checkpoint_is_set_aside_by_all(chain):
 
 
 @pytest.mark.distributed
+def test_an_earlier_step_is_loaded_by_all(chain, alone):
+    expected = lines_of(alone[0])[2]["parameter_norm"]
+    for found in chain["first"]:
+        assert found["norm_after_2"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.distributed
 def test_each_process_reads_its_own_rows(chain):
     one, two = (found["taken"] for found in chain["first"])
     assert not set(one) & set(two)
