@@ -22,11 +22,9 @@ def random_phi(model, split):
         rank=2, alpha=4.0, layer_fraction=1 - (split + 0.1) / model.num_layers,
         target_modules=("attention", "mlp"),
     )  # fmt: skip
-    phi = fast_weights.init(jax.random.key(1), model, memory, 2)
-    leaves, structure = jax.tree.flatten(phi)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    drawn = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
+    phi = jax.eval_shape(lambda key: fast_weights.init(key, model, memory, 2), jax.random.key(1))
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape).astype(x.dtype)), phi)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
