@@ -13,11 +13,14 @@ def settings(**changes):
     return DecodeConfig(length=8, block_length=8, steps=8, **changes)
 
 
+_propose = jax.jit(unmasking.propose, static_argnums=(2, 3))
+
+
 def propose(logits, mask=None, key=0, **changes):
     logits = jnp.asarray(logits, jnp.float32)
     keys = jax.random.split(jax.random.key(key), len(logits))
     mask = logits.shape[-1] - 1 if mask is None else mask
-    return unmasking.propose(keys, logits, settings(**changes), mask)
+    return _propose(keys, logits, settings(**changes), mask)
 
 
 def test_the_mask_token_is_never_proposed():
@@ -47,8 +50,8 @@ def test_a_rows_noise_is_its_own():
     logits = RNG.normal(size=(3, 4, 9))
     keys = jax.random.split(jax.random.key(2), 3)
     config = settings(temperature=1.0, order="random")
-    together = unmasking.propose(keys, jnp.asarray(logits), config, 8)
-    alone = unmasking.propose(keys[2:], jnp.asarray(logits[2:]), config, 8)
+    together = _propose(keys, jnp.asarray(logits), config, 8)
+    alone = _propose(keys[2:], jnp.asarray(logits[2:]), config, 8)
     np.testing.assert_array_equal(together.tokens[2:], alone.tokens)
     np.testing.assert_array_equal(together.score[2:], alone.score)
 
@@ -130,9 +133,8 @@ def test_independent_commits_hang_on_each_positions_own_draw():
 
 def test_an_order_temperature_draws_positions_by_their_scores():
     logits = np.log(np.array([[[0.7, 0.2, 0.1], [0.5, 0.4, 0.1]]]))
-    wins = sum(
-        int(np.argmax(propose(logits, key=k, order_temperature=0.1).score)) == 0 for k in range(400)
-    )
+    rows = np.broadcast_to(logits[0], (400, 2, 3))
+    wins = (np.argmax(propose(rows, order_temperature=0.1).score, -1) == 0).sum()
     assert abs(wins / 400 - 1 / (1 + np.exp((0.5 - 0.7) / 0.1))) < 0.06
 
 

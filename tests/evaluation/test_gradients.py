@@ -116,7 +116,8 @@ def get_config():
     config.data.sources = ({{"kind": "jsonl", "path": "{root}/rows.jsonl"}},)
     config.pipeline = {{"buckets": (32,), "rows_per_batch": 2}}
     config.schedule.minimum_time = 0.9
-    config.memory.rank, config.memory.layer_fraction = 2, 0.5
+    config.memory.rank, config.memory.layer_fraction, config.memory.steps = 2, 0.5, 1
+    config.memory.target_modules = ("up_proj",)
     return config
 """
 

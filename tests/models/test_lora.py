@@ -17,13 +17,18 @@ from tests.models.small import FAMILIES, logits, small
 CONFIG = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def adapted(request):
-    """A model, its plain theta, and one with adapters whose B is not zero."""
-    model = small(request.param)
+@functools.cache
+def adapted_of(name):
+    """A model, its plain theta, and one with adapters, fresh and with B that is not zero."""
+    model = small(name)
     theta = jax.jit(model.init)(jax.random.key(0))
     fresh = add(theta, model, CONFIG)
     return model, theta, fresh, perturbed(fresh)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def adapted(request):
+    return adapted_of(request.param)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -64,8 +69,10 @@ def test_all_linear_is_what_peft_hits(adapted):
     assert not isinstance(fresh.get("unembedding"), Adapted)
 
 
-def test_a_quantised_base_stays_quantised(adapted):
-    model, theta, *_ = adapted
+# LLaDA2 has dense layers, experts and a router without an adapter.
+@pytest.mark.parametrize("name", ["dream", "llada2"])
+def test_a_quantised_base_stays_quantised(name):
+    model, theta, *_ = adapted_of(name)
     narrow = quantized_tree(theta, "int8", lambda p: p.endswith("kernel") and "router" not in p, 8)
     changed = perturbed(add(narrow, model, CONFIG))
     with jax.default_matmul_precision("highest"):
@@ -86,8 +93,9 @@ def test_partition_and_merged_are_inverse(adapted):
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, merged(parts), changed))
 
 
-def test_a_partitioned_theta_is_the_same_model(adapted):
-    model, *_, changed = adapted
+@pytest.mark.parametrize("name", ["dream", "llada_moe"])
+def test_a_partitioned_theta_is_the_same_model(name):
+    model, *_, changed = adapted_of(name)
     parts = partition(changed, lora.is_adapter)
     np.testing.assert_array_equal(logits(model, parts), logits(model, changed))
 
@@ -123,7 +131,7 @@ def test_scale():
 
 def test_twice_is_refused():
     model = small("llada")
-    theta = lora.add(jax.random.key(0), model, model.init(jax.random.key(0)), CONFIG)
+    theta = lora.add(jax.random.key(0), model, jax.jit(model.init)(jax.random.key(0)), CONFIG)
     with pytest.raises(ValueError, match="carries an adapter already"):
         lora.add(jax.random.key(0), model, theta, CONFIG)
 
