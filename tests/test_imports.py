@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "models": {"typing", "partitioning"},
     "checkpoints": {"typing", "processes", "models"},
     "data": {"typing"},
-    "training": {  # fmt: skip
+    "training": {
         "typing",
         "partitioning",
         "processes",
