@@ -147,7 +147,7 @@ def train_step(
     """
     batch = _batch(layout, rows, length)
     layout.check_batch(batch, setup.optimizer.accumulation)
-    replicated = _check_replicated(layout, (state.theta, frozen))
+    replicated = _check_replicated(layout, {"trained": state.theta, "frozen": frozen})
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), layout.replicated)
 
     def bound(state, frozen, batch, key):
@@ -181,7 +181,7 @@ def decode_step(
     Raises:
         ValueError: see ``train_step``.
     """
-    replicated = _check_replicated(layout, theta)
+    replicated = _check_replicated(layout, {"theta": theta})
     if rows % (shards := partitioning.row_shards(layout.mesh)):
         raise ValueError(f"{rows} prompts must be a multiple of mesh.data * mesh.fsdp = {shards}")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -75,9 +76,10 @@ class MeshConfig:
         Raises:
             ValueError: as ``sizes``.
         """
-        sizes = self.sizes(len(devices))
-        auto = (AxisType.Auto,) * len(AXES)
-        return jax.make_mesh(tuple(sizes.values()), AXES, auto, devices=list(devices))
+        sizes = tuple(self.sizes(len(devices)).values())
+        # A side of a torus may hold two axes: 16 chips as 4 of ``tensor`` and 4 of ``fsdp``.
+        placed = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @dataclasses.dataclass(frozen=True)
