@@ -242,7 +242,7 @@ class _Counter:
         if kind not in _SENT or _goes_on(one):
             return Costs()
         arrays = one.results
-        if one.opcode in ("all-gather-start", "collective-permute-start"):
+        if one.opcode.endswith("-start") and kind != "all-reduce":  # What goes, then what comes.
             arrays = tuple(a for a in arrays if a.dims)
             arrays = arrays[len(arrays) // 2 :]
         # TPUs write a reduce-scatter as a fused all-reduce and slice.

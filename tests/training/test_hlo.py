@@ -63,6 +63,8 @@ PROGRAM = """HloModule written_by_hand, is_scheduled=true
   %end = bf16[32,128]{1,0} fusion(%slice), kind=kCustom, calls=%finish
   %moved = (bf16[4,128]{1,0}, bf16[4,128]{1,0}, u32[], u32[]) collective-permute-start(%slice), channel_id=5, source_target_pairs={{0,4},{4,0}}
   %arrived = bf16[4,128]{1,0} collective-permute-done(%moved)
+  %split = ((bf16[64,128]{1,0}, f32[8]{0}), (bf16[32,128]{1,0}, f32[4]{0})) reduce-scatter-start(%g, %v), channel_id=6, replica_groups=[4,2]<=[8], to_apply=%add
+  %parts = (bf16[32,128]{1,0}, f32[4]{0}) reduce-scatter-done(%split)
   ROOT %t = (s32[], bf16[64,128]{1,0}) tuple(%j, %g)
 }
 
@@ -95,6 +97,8 @@ def test_collectives_count_with_the_trips_of_their_loops():
         # Devices 0 and 4: of two hosts. Twice half of 8 x 32 floats.
         ("all-reduce", 2): (5, 5 * 2 / 2 * 4 * 8 * 32, True),
         ("reduce-scatter", 4): (3, 3 * 3 / 4 * whole, False),
+        # Of GPUs, two arrays at once: half of each.
+        ("reduce-scatter", 2): (3, 3 * (whole / 2 + 4 * 4), False),
         # Counted where it begins and not again where it ends.
         ("all-gather", 8): (3, 3 * 7 / 8 * half, True),
         ("collective-permute", 2): (3, 3 * 2 * 4 * 128, True),
