@@ -17,8 +17,8 @@ from benchmarks import _timing
 
 HEAD = """# Performance
 Written by `python -m benchmarks.report` from measurements; what a step costs by count stands in
-[cost](cost.md), how to decode fast in [decoding](decoding.md). Ratios are of times taken in turn in
-one run: median (least .. most)."""
+[cost](cost.md), how to decode fast in [decoding](decoding.md), what a pod would take in
+[pods](pods.md). Ratios are of times taken in turn in one run: median (least .. most)."""
 
 
 def machine(found: Mapping[str, Any]) -> str:

@@ -170,6 +170,8 @@ def compile_step(config: CompileConfig) -> Report:
         ImportError, FileNotFoundError, ValueError: naming the field.
     """
     layout = Layout(config.mesh.build(config.topology.devices()))
+    for file in filter(None, (config.hlo, config.json)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     work = work_of(config, layout)
     logger.info("traced in %.0f s, compiling for %s", work.seconds, config.topology.name)
     with _effort(config.effort):

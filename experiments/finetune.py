@@ -14,6 +14,7 @@ them as PEFT does.
 import dataclasses
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,15 @@ def from_config_dict(config: config_dict.ConfigDict) -> FinetuneConfig:
     return _cli.build(FinetuneConfig, settings)
 
 
+def check_mesh(layout: Layout | None, config: FinetuneConfig, lengths: Sequence[int]) -> None:
+    """Raise ValueError if batches of one of these lengths cannot be divided over the mesh."""
+    if layout is None:
+        return
+    rows, accumulation = config.pipeline.rows_per_batch, config.optimizer.accumulation
+    for length in lengths:
+        layout.check_batch(rows, length, accumulation)
+
+
 def finetune(config: FinetuneConfig) -> Result:
     """Train, resuming what is there, and export the best weights if the run came to its end."""
     mesh = mesh_for(config.mesh)
@@ -124,10 +134,12 @@ def finetune(config: FinetuneConfig) -> Result:
     rows = max(1, config.pipeline.rows_per_batch // shards // config.optimizer.accumulation)
     if (limit := fit.device_bytes()) is not None:
         fit.require(need_of(config, rows, layout), limit)
+    check_mesh(layout, config, config.pipeline.buckets or (0,))
     denoiser, theta = model_of(config, layout)
     # The others find the rows that the first process has written.
     prepared = processes.first_alone(lambda: prepared_for(config, denoiser))
     train = make_pipeline(prepared, "train", config.pipeline)
+    check_mesh(layout, config, train.config.buckets)
     validation = validation_batches(prepared, config)
     logger.info("%s\n%s", prepared.describe(), train.describe())
     memory = config.memory
@@ -150,13 +162,14 @@ def finetune(config: FinetuneConfig) -> Result:
         best = loop.load_best(config.train, setup, result, validation, identity)
         folder = Path(config.train.output) / "best"
         trained, inner = learned.split(jax.tree.map(processes.whole, best))
-        if not processes.is_first():
-            return result
-        theta = trained if frozen is None else Partitioned(trained, frozen)
-        export(folder, config, denoiser, theta)
-        _memory.save(folder, memory, inner)
-        prepared.tokenizer.save(folder / "tokenizer.json")
-        logger.info("best weights (step %s) in %s", result.best_step or "last", folder)
+        if processes.is_first():
+            theta = trained if frozen is None else Partitioned(trained, frozen)
+            export(folder, config, denoiser, theta)
+            _memory.save(folder, memory, inner)
+            prepared.tokenizer.save(folder / "tokenizer.json")
+            logger.info("best weights (step %s) in %s", result.best_step or "last", folder)
+        # JAX gives up on a process that is waited for at its exit for long.
+        processes.wait_for_all()
     return result
 
 

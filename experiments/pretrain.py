@@ -129,6 +129,7 @@ def run(config: PretrainConfig) -> tuple[Path, Result]:
     theta = jax.tree.map(processes.whole, result.state.theta)
     if processes.is_first():
         export(output / "model", denoiser, theta, tokenizer)
+    processes.wait_for_all()  # JAX does not wait long for a process at its exit.
     return output / "model", result
 
 

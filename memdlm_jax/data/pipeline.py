@@ -46,8 +46,8 @@ class PipelineConfig:
         seed: of the order of rows and batches.
         supervise_padding: fill the response up with end-of-sequence tokens that are attended to
             and carry loss, as the public code does. Otherwise padding does neither.
-        num_threads: threads that read ahead.
-        prefetch: batches read ahead.
+        num_threads: threads that read ahead in ``Pipeline.iterate``.
+        prefetch: batches read ahead there; the training loop reads two ahead.
     """
 
     buckets: tuple[int, ...] = ()

@@ -146,7 +146,7 @@ def train_step(
             lie whole on every device.
     """
     batch = _batch(layout, rows, length)
-    layout.check_batch(batch, setup.optimizer.accumulation)
+    layout.check_batch(rows, length, setup.optimizer.accumulation)
     replicated = _check_replicated(layout, {"trained": state.theta, "frozen": frozen})
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), layout.replicated)
 
@@ -225,7 +225,7 @@ def compile_for(topology: Topology, layout: Layout, work: Work) -> tuple[Report,
     try:
         compiled = work.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error) or "memory" in str(error).lower():
+        if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
             raise DoesNotFit(str(error)) from error
         raise
     seconds = time.monotonic() - start

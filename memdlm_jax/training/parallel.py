@@ -127,14 +127,15 @@ class _OnMesh:
         return self.layout.place(tree)
 
     def put(self, batch: Batch, accumulation: int) -> Batch:
-        self.layout.check_batch(batch, accumulation)
+        rows, length = batch.tokens.shape
+        self.layout.check_batch(rows, length, accumulation)
         return self.layout.put_batch(batch)
 
     def put_rows(self, part: Batch, accumulation: int) -> Batch:
         """This process's rows to the devices."""
-        placed = self.layout.put_rows(part)
-        self.layout.check_batch(placed, accumulation)
-        return placed
+        here, length = part.tokens.shape
+        self.layout.check_batch(self.layout.rows_in_all(here), length, accumulation)
+        return self.layout.put_rows(part)
 
     def wrap(self, function: Callable, donate: tuple[int, ...], extra: int, tree: Any) -> Any:
         del extra

@@ -192,8 +192,7 @@ class Layout:
     def put_rows(self, part: Batch) -> Batch:
         """``put_batch`` of a batch of which this process has only its ``rows_here``."""
         here, length = part.tokens.shape
-        shards = partitioning.row_shards(self.mesh)
-        count = here * shards // len(self.rows_here(shards))
+        count = self.rows_in_all(here)
         mine = self.rows_here(count)
 
         def share(leaf):
@@ -205,9 +204,13 @@ class Layout:
 
         return jax.tree.map(share, part)
 
-    def check_batch(self, batch: Batch, accumulation: int = 1) -> None:
-        """Raise ValueError if a batch [b, l] cannot be divided over the mesh."""
-        rows, length = batch.tokens.shape
+    def rows_in_all(self, here: int) -> int:
+        """Rows of a batch of which this process's devices hold ``here``."""
+        shards = partitioning.row_shards(self.mesh)
+        return here * shards // len(self.rows_here(shards))
+
+    def check_batch(self, rows: int, length: int, accumulation: int = 1) -> None:
+        """Raise ValueError if a batch [rows, length] cannot be divided over the mesh."""
         shards = partitioning.row_shards(self.mesh)
         if rows % (shards * accumulation):
             raise ValueError(

@@ -111,6 +111,15 @@ def test_bad_meshes_are_refused(sizes, message):
         MeshConfig(**sizes).sizes(8)
 
 
+def test_a_batch_that_does_not_divide_is_refused():
+    mesh = layout(data=2, fsdp=2, sequence=4)
+    mesh.check_batch(24, 32, accumulation=3)
+    with pytest.raises(ValueError, match=r"18 rows must be a multiple of .* = 4 times .* = 3"):
+        mesh.check_batch(18, 32, accumulation=3)
+    with pytest.raises(ValueError, match=r"rows of 30 tokens must .* mesh\.sequence=4"):
+        mesh.check_batch(24, 30)
+
+
 def test_one_axis_is_the_rest():
     found = MeshConfig(fsdp=2, tensor=2).sizes(8)
     assert found == {"data": 2, "fsdp": 2, "expert": 1, "sequence": 1, "tensor": 2}
