@@ -65,15 +65,18 @@ def test_memory_off_is_the_plain_model():
 
 
 OTHERS = {
-    "sequence": {"loss_norm_type": "sequence"},
-    "sequence_distill": {"loss_norm_type": "sequence", "mem_inner_loss_type": "distill"},
-    "attention": {"mem_inner_target_modules": "q_proj,k_proj,v_proj,o_proj"},
+    "sequence_attention": {
+        "loss_norm_type": "sequence", "mem_inner_target_modules": "q_proj,k_proj,v_proj,o_proj",
+    },
     "both_full": {
         "mem_inner_target_modules": "gate_proj,up_proj,down_proj,q_proj,v_proj",
         "mem_inner_adapter_type": "full",
     },
     "pads_both": {"mem_pad_unmask_mode": "both"},
-    "pads_inner_distill": {"mem_pad_unmask_mode": "inner", "mem_inner_loss_type": "distill"},
+    "pads_inner_sequence_distill": {
+        "mem_pad_unmask_mode": "inner", "mem_inner_loss_type": "distill",
+        "loss_norm_type": "sequence",
+    },
     "four_steps_reverse": {"updates": 4, "mem_inner_loss_type": "distill_reverse"},
     "tied": {"tied": True, "mem_inner_layer_fraction": 1.0},
     "early_below_the_split": {
@@ -85,8 +88,7 @@ OTHERS = {
     },
     "negative_with_ce": {"mem_inner_layer_fraction": -0.5},
     "epochs_distill": {
-        "updates": 3, "mem_num_inner_epochs": 2, "mem_inner_loss_type": "distill",
-        "mem_num_inner_steps": 3,
+        "mem_num_inner_epochs": 2, "mem_inner_loss_type": "distill",
     },
     "without_memory": {"mem_enabled": False, "loss_norm_type": "sequence"},
 }  # fmt: skip
@@ -246,7 +248,7 @@ class TestFolder:
         assert [case.name for case in cases] == ["made", "made (some_file.npz)"] and not problems
 
     def test_a_tied_matrix_may_be_stored_twice(self, tmp_path):
-        self.make(tmp_path, tied=True)
+        self.make(tmp_path, **OTHERS["tied"])
         stored = dict(np.load(tmp_path / "weights.npz"))
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
         np.savez(tmp_path / "weights.npz", **stored)

@@ -14,30 +14,37 @@ from memdlm_jax.data.tokenizer import train_tokenizer
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 
 
-@pytest.fixture
-def config(tmp_path):
-    """Two steps of two variants on a nano model."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A nano model and rows."""
+    folder = tmp_path_factory.mktemp("compare")
     rows = [
         {"prompt": f"after {a} and {b}", "response": f"{b} {a}"}
         for a in "abcdefg"
         for b in "hijklmn"
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = train_tokenizer((row["prompt"] for row in rows), 290, whole_numbers=False)
     denoiser = LLaDA(
         LLaDAConfig(tokenizer.vocab_size, 8, 2, 2, 1, 16, tokenizer.mask_id, max_length=32)
     )
-    hugging_face.save(tmp_path / "model", denoiser, denoiser.init(jax.random.key(0)))
-    tokenizer.save(tmp_path / "model" / "tokenizer.json")
+    hugging_face.save(folder / "model", denoiser, jax.jit(denoiser.init)(jax.random.key(0)))
+    tokenizer.save(folder / "model" / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, folder):
+    """Two steps of two variants."""
     config = config_file.get_config()
     config.output = str(tmp_path / "out")
     config.seeds = (1,)
     config.variants = (("fixed", {}), ("learned", {"learned": ("rates",)}))
     tuning = config.finetune
-    tuning.init = str(tmp_path / "model")
+    tuning.init = str(folder / "model")
     tuning.data.directory = str(tmp_path / "data")
     tuning.data.encode = {"max_length": 32}
-    tuning.data.sources = ({"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")},)
+    tuning.data.sources = ({"kind": "jsonl", "path": str(folder / "rows.jsonl")},)
     tuning.pipeline.buckets, tuning.pipeline.rows_per_batch = (32,), 4
     tuning.memory.update({"rank": 2, "layer_fraction": 0.5, "meta_gradient": "first_order"})
     tuning.memory.steps = 1

@@ -130,7 +130,7 @@ def two_devices(shared, tmp_path_factory):
     (folder / "given.pickle").write_bytes(pickle.dumps(jax.tree.map(np.asarray, shared)))
     code = f"from tests.memory import test_scope as t; t.on_two_devices({str(folder)!r})"
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
