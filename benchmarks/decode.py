@@ -30,7 +30,7 @@ from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import needles, statistics
 from memdlm_jax.evaluation.needles import NeedleSuite
 from memdlm_jax.evaluation.systems import System, prompt_ids
-from memdlm_jax.memory import generation
+from memdlm_jax.memory import divided, generation
 from memdlm_jax.memory.generation import Generator
 from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.typing import Theta
@@ -55,12 +55,17 @@ class Model:
     tokenizer: Tokenizer
     memory: Any
 
-    def program(self, config: DecodeConfig, prompts, memory=None) -> Callable[[], Any]:
-        """Decoding these prompts, compiled once."""
+    def program(
+        self, config: DecodeConfig, prompts, memory=None, devices: int = 1
+    ) -> Callable[[], Any]:
+        """Decoding these prompts, compiled once; rows divided over the first devices."""
         tokens, valid = prompts
         keys = jax.random.split(jax.random.key(0), len(tokens))
         generator = Generator(self.denoiser, memory, config)
-        return functools.partial(generation.generate, generator, self.theta, keys, tokens, valid)
+        on = jax.local_devices()[:devices]
+        theta = divided.replicate(self.theta, on)
+        generate = functools.partial(divided.generate, devices=on)
+        return functools.partial(generate, generator, theta, keys, tokens, valid)
 
 
 def samplers(threshold: float) -> dict[str, DecodeConfig]:
@@ -238,11 +243,12 @@ def memory_cost(model: Model, repeats: int) -> dict[str, Any]:
 
 
 def batching(model: Model, tiny: str, repeats: int) -> dict[str, Any]:
-    """Sixteen prompts in one batch against sixteen calls.
+    """Sixteen prompts in one batch, on one device and divided over all, against sixteen calls.
 
     The smaller the work of one row, the more a batch saves: a row of the quickstart's model keeps
     two CPU cores nearly busy by itself, one of the tiny recorded models does not.
     """
+    devices = jax.local_device_count()
     plain = DecodeConfig(length=64, block_length=32, steps=64)
     cached = dataclasses.replace(plain, cache="dual")
     small = dataclasses.replace(cached, block_length=8)
@@ -251,7 +257,7 @@ def batching(model: Model, tiny: str, repeats: int) -> dict[str, Any]:
     golden = Model(denoiser, theta, model.tokenizer, None)
     asked = questions(model, 16, 192)
     found = {}
-    print("\n16 prompts, 64 tokens in 64 steps")
+    print("\n16 prompts, 64 tokens in 64 steps; one batch against 16 single calls, x as fast")
     for name, of, prompts, config, memory in (
         ("plain", model, asked, plain, None),
         ("dual cache", model, asked, cached, None),
@@ -266,12 +272,15 @@ def batching(model: Model, tiny: str, repeats: int) -> dict[str, Any]:
         together = pad_left(prompts, width, model.tokenizer.pad_id)
         programs: dict[str, Callable[[], Any]] = {
             "single": functools.partial(lambda calls: [call() for call in calls], calls),
-            "batch": of.program(config, together, memory),
+            "on one device": of.program(config, together, memory),
         }
+        if devices > 1:
+            programs[f"on {devices} devices"] = of.program(config, together, memory, devices)
         seconds = _timing.in_turn(programs, repeats)
-        ratio = _timing.ratios(seconds["single"], seconds["batch"])
-        found[name] = {"speed-up": ratio, "seconds": seconds}
-        print(f"  {name:<24} one batch is {_timing.shown(ratio)} x as fast as 16 single calls")
+        ratios = {k: _timing.ratios(seconds["single"], seconds[k]) for k in programs}
+        ratios.pop("single")
+        found[name] = {"speed-up": ratios, "seconds": seconds}
+        print(f"  {name:<24} " + "; ".join(f"{k} {_timing.shown(r)}" for k, r in ratios.items()))
     return found
 
 
@@ -284,11 +293,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=("speed", "needles", "adapt", "memory", "batch"))
     parser.add_argument("--questions", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--devices", type=int, default=2, help="that a CPU's cores count as")
     parser.add_argument("--threshold", type=float, default=0.9)
     options = parser.parse_args(arguments)
-    for name in ("questions", "repeats"):
+    for name in ("questions", "repeats", "devices"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}={getattr(options, name)} must be at least 1")
+    jax.config.update("jax_num_cpu_devices", options.devices)
     try:
         denoiser, theta, tokenizer = _model.load(options.model, "float32")
         model = Model(denoiser, theta, tokenizer, _memory.settings(options.model, {}))

@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mdlm, remat": {"remat": "full"},
     "first_order": {"memory": {}},
     "first_order, remat": {"memory": {}, "remat": "full"},
+    "first_order, rank 1": {"memory": {"rank": 1, "alpha": 2.0}},
     "first_order, global": {"memory": {"scope": "global"}},
     "trunk_stopped": {"memory": {"meta_gradient": "trunk_stopped"}},
     "exact": {"memory": {"meta_gradient": "exact"}},

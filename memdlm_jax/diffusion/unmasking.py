@@ -1,5 +1,7 @@
 """Which tokens to propose at masked positions, and which proposals to commit."""
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -41,17 +43,21 @@ def propose(
     """
     noise_keys, order_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
     logits = _without(logits, config.suppress)
-    choices = _without(logits, (mask_token_id,))
-    if config.temperature > 0:
-        choices = choices / config.temperature
-    choices = truncate(choices, config.top_k, config.top_p)
-    tokens = sample(noise_keys, choices, config)
+    choices = logits
+    if config.temperature == 0 and config.scores == "model":
+        tokens = _argmax(logits, (mask_token_id,))  # Truncation never takes the best one away.
+    else:
+        choices = _without(logits, (mask_token_id,))
+        if config.temperature > 0:
+            choices = choices / config.temperature
+        choices = truncate(choices, config.top_k, config.top_p)
+        tokens = sample(noise_keys, choices, config)
     # Among logits that are not finite there may be no other: it must not be committed even then.
     tokens = jnp.where(tokens == mask_token_id, int(mask_token_id == 0), tokens)
     # The mask token keeps its share of the model's own distribution: a model that would rather
     # leave a position masked is not sure of its second choice.
     judged = _without(logits if config.scores == "model" else choices, config.defer)
-    total = jax.nn.logsumexp(judged, axis=-1, keepdims=True)
+    total = _logsumexp(judged)
     picked = jnp.take_along_axis(judged, tokens[..., None], axis=-1)
     probability = jnp.exp(picked - total)[..., 0]
     if config.order == "margin":
@@ -80,11 +86,46 @@ def _without(logits: Float[Array, "b c v"], tokens: tuple[int, ...]) -> Float[Ar
     return jnp.where(jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(tokens)), -jnp.inf, logits)
 
 
-def _argmax(x: Float[Array, "b c v"]) -> Int[Array, "b c"]:
+def _in_parts(x: Float[Array, "b c v"]) -> Float[Array, "b c n s"]:
+    """The vocabulary in equal parts, at least as many as each has tokens.
+
+    It is then read once for its maximum and once for its sum, and one part is searched: a batch's
+    logits are more than a CPU's caches hold.
+    """
+    tokens = x.shape[-1]
+    size = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
+    return x.reshape(*x.shape[:-1], tokens // size, size)
+
+
+def _argmax(x: Float[Array, "b c v"], never: tuple[int, ...] = ()) -> Int[Array, "b c"]:
+    """The smallest index of the largest value, ``never`` (a few) left out."""
+    parts = _in_parts(x)
+    size = parts.shape[-1]
+    largest = jnp.max(parts, axis=-1)
+    for number in sorted({token // size for token in never}):
+        inside = tuple(token % size for token in never if token // size == number)
+        rest = jnp.max(_without(parts[..., number, :], inside), axis=-1)
+        largest = largest.at[..., number].set(rest)
+    best = _first_largest(largest)
+    part = jnp.take_along_axis(parts, best[..., None, None], axis=-2)[..., 0, :]
+    if never:
+        index = best[..., None] * size + jnp.arange(size)
+        part = jnp.where(jnp.isin(index, jnp.array(never)), -jnp.inf, part)
+    return best * size + _first_largest(part)
+
+
+def _first_largest(x: Float[Array, "*b v"]) -> Int[Array, "*b"]:
     """The smallest index of the largest value; on a CPU faster than ``jnp.argmax`` by far."""
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     last = x.shape[-1] - 1  # Where nothing equals the maximum it is NaN.
     return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, last), axis=-1)
+
+
+def _logsumexp(x: Float[Array, "b c v"]) -> Float[Array, "b c 1"]:
+    """Logarithm of the sum of exponentials, with the maximum that ``_argmax`` takes as well."""
+    largest = jnp.max(jnp.max(_in_parts(x), axis=-1), axis=-1, keepdims=True)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    return largest + jnp.log(jnp.sum(jnp.exp(x - largest), axis=-1, keepdims=True))
 
 
 def _other(key: Key) -> Key:

@@ -12,7 +12,7 @@ from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion import canvas, unmasking
 from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.diffusion.samplers import DecodeConfig
-from memdlm_jax.memory import generation
+from memdlm_jax.memory import divided, generation
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.generation import Generator
 from memdlm_jax.memory.inner_loop import InnerStep
@@ -157,7 +157,8 @@ def batches(
         seed: of the memory's draws and the sampling noise.
         pad_token_id: fills the columns before short prompts.
         max_length: longest canvas, prompt and answer together, in tokens.
-        batch_size: rows decoded at a time; the last batch repeats its last row to fill up.
+        batch_size: rows decoded at a time, divided over the devices of this process; the last
+            batch repeats its last row to fill up.
         phi: a memory that was written before, of one group, for all prompts; none is written.
         record: keep the window after every step.
         numbers: of the prompts, which their draws hang on; ``None`` counts them.
@@ -193,14 +194,15 @@ def batches(
     n, root = len(prompts), jax.random.key(seed)
     counted = np.arange(n) if numbers is None else np.asarray(numbers)
     batch_size = min(batch_size, n)
+    devices = jax.local_devices()[:batch_size]
+    theta, inner = divided.replicate((system.theta, system.inner), devices)
     for start in range(0, n, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), n - 1)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, counted[rows])
         written = None if context is None else (context[0][rows], context[1][rows])
-        decoded = generation.generate(
-            generator, system.theta, keys, tokens[rows], valid[rows], system.inner,
-            phi, written, record=record,
-        )  # fmt: skip
+        decoded = divided.generate(
+            generator, theta, keys, tokens[rows], valid[rows], inner, phi, written, record=record
+        )
         found = _first_rows(jax.device_get(decoded), n - start)
         if not np.isfinite(found.confidence).all():
             cause = ", or memory.learning_rate is too large" if system.memory else ""

@@ -56,6 +56,22 @@ def test_a_rows_noise_is_its_own():
     np.testing.assert_array_equal(together.score[2:], alone.score)
 
 
+@pytest.mark.parametrize("vocabulary", [7, 12, 36])
+def test_a_vocabulary_is_searched_in_parts(vocabulary):
+    """Few different logits, so that there are ties in a part and between parts; 7 is prime."""
+    logits = RNG.integers(0, 3, (2, 50, vocabulary)).astype(np.float32)
+    logits[0, 0] = -np.inf
+    for mask in {0, vocabulary // 2, vocabulary - 1}:
+        allowed = np.where(np.arange(vocabulary) == mask, -np.inf, logits)
+        found = propose(logits, mask)
+        expected = np.argmax(allowed, axis=-1)
+        expected = np.where(expected == mask, int(mask == 0), expected)
+        np.testing.assert_array_equal(found.tokens, expected)
+        p = np.asarray(jax.nn.softmax(logits[1:], axis=-1))
+        picked = np.take_along_axis(p, expected[1:, :, None], -1)[..., 0]
+        np.testing.assert_allclose(found.probability[1:], picked, rtol=1e-6)
+
+
 def test_scores_of_every_order():
     logits = RNG.normal(size=(2, 3, 7)) * 2
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

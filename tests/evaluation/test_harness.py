@@ -159,8 +159,8 @@ def test_an_answer_is_greedy_under_the_memory_of_its_prompt(models, tokenizer, m
     lm, seen, prompts = models[1], [], (SHARED, "every")
     generate = generation.generate
 
-    def spy(*arguments):
-        seen.append(generate(*arguments))
+    def spy(*arguments, **settings):
+        seen.append(generate(*arguments, **settings))
         return seen[-1]
 
     monkeypatch.setattr(generation, "generate", spy)

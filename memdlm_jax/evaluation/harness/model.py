@@ -29,7 +29,7 @@ from memdlm_jax.evaluation.harness.requests import (
 )
 from memdlm_jax.evaluation.likelihood import LikelihoodConfig, up_to
 from memdlm_jax.evaluation.systems import System
-from memdlm_jax.memory import generation
+from memdlm_jax.memory import divided
 from memdlm_jax.memory.generation import Generator
 from memdlm_jax.typing import Key
 
@@ -85,6 +85,7 @@ class HarnessModel(LM):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         self.system, self.vocabulary = system, tokenizer
+        self._placed = divided.replicate((system.theta, system.inner))
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
         # Steps are checked with the length of each task.
         sampler({**decode, "steps": 0}, MAX_GEN_TOKS)
@@ -306,12 +307,10 @@ class HarnessModel(LM):
             context = canvas.pad_left([row.prompt for row in rows], written, pad)
         prompts = canvas.pad_left([row.prompt[-shown:] for row in rows], shown, pad)
         generator = Generator(self.system.denoiser, self.system.memory, config)
+        theta, inner = self._placed
         decoded = jax.device_get(
-            generation.generate(
-                generator, self.system.theta, self._keys(rows), *prompts, self.system.inner,
-                None, context,
-            )
-        )  # fmt: skip
+            divided.generate(generator, theta, self._keys(rows), *prompts, inner, context=context)
+        )
         if not np.isfinite(decoded.confidence).all():
             raise FloatingPointError(
                 f"{self.system.name}: logits are not finite: the weights are damaged"

@@ -1,0 +1,132 @@
+"""Answer prompts on all devices of a process: rows are divided, the model is on every device.
+
+Two cores of a CPU count as two devices with ``JAX_NUM_CPU_DEVICES=2``. Each then works through its
+own rows and never waits for the other, which takes less time than sharing every operation.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from memdlm_jax.diffusion.decode import Decoded
+from memdlm_jax.memory import fast_weights, generation
+from memdlm_jax.memory.generation import Generator
+from memdlm_jax.memory.learned import InnerParameters
+from memdlm_jax.typing import Key, Mask, Phi, Theta, Tokens
+
+_ROWS = "decoded_rows"
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    """Put arrays on every device, once; what is there already is not moved.
+
+    Args:
+        tree: parameters, for instance. If they are divided over devices they stay as they are.
+        devices: of this process; ``None`` for all of them.
+    """
+    devices = tuple(devices or jax.local_devices())
+    spread = any(_number_of_devices(leaf) > 1 for leaf in jax.tree.leaves(tree))
+    if _is_divided(tree) or (len(devices) == 1 and not spread):
+        return tree
+    return jax.device_put(tree, NamedSharding(_mesh(devices), PartitionSpec()))
+
+
+def _number_of_devices(leaf: Any) -> int:
+    return len(leaf.sharding.device_set) if isinstance(leaf, jax.Array) else 1
+
+
+def _is_divided(tree: Any) -> bool:
+    """Whether a device holds a part of an array alone, as on a mesh."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return not all(leaf.is_fully_replicated for leaf in arrays)
+
+
+def generate(
+    generator: Generator,
+    theta: Theta,
+    keys: Key,
+    prompts: Tokens | np.ndarray,
+    valid: Mask | np.ndarray,
+    inner: InnerParameters | None = None,
+    phi: Phi = None,
+    context: tuple[Tokens | np.ndarray, Mask | np.ndarray] | None = None,
+    *,
+    record: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> Decoded:
+    """``generation.generate`` with its rows divided over devices; what a row gets is the same.
+
+    If the devices do not divide the rows, the last row is computed more than once. Parameters that
+    ``replicate`` has not placed are sent to every device at each call. Where they are divided over
+    devices themselves, as on a mesh, the rows are not.
+
+    Args:
+        generator: who answers.
+        theta: base parameters.
+        keys: [b] one PRNG key per row.
+        prompts: [b, p] int32.
+        valid: [b, p] bool.
+        inner: the learned inner loop's parameters.
+        phi: memory that was written before, one group per row or one for all.
+        context: what is to be written in the place of the prompts.
+        record: keep the window after every step.
+        devices: of this process; ``None`` for all of them. More than rows are not used.
+
+    Returns:
+        ``Decoded``; its counts of passes are those of the device that took most.
+
+    Raises:
+        ValueError: ``phi`` has another number of groups.
+    """
+    b = len(prompts)
+    devices = tuple(devices or jax.local_devices())[:b]
+    theta, inner = replicate((theta, inner), devices)
+    if len(devices) == 1 or _is_divided(theta):
+        return generation.generate(
+            generator, theta, keys, prompts, valid, inner, phi, context, record=record
+        )
+    groups = 1 if phi is None else fast_weights.number_of_groups(phi)
+    if groups not in (1, b):
+        raise ValueError(f"phi has {groups} groups; it must have 1 or one for each of {b} rows")
+    own_phi = phi if groups == b else None
+    rows = keys, prompts, valid, context, own_phi
+    taken = np.minimum(np.arange(-(-b // len(devices)) * len(devices)), b - 1)
+    if len(taken) > b:
+        rows = jax.tree.map(lambda leaf: leaf[taken], rows)
+    shared = theta, inner, None if groups == b else phi
+    decoded = _generate(generator, _mesh(devices), record, shared, rows)
+    if len(taken) == b:
+        return decoded
+    return jax.tree.map(lambda leaf: leaf[:b] if jnp.ndim(leaf) else leaf, decoded)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(generator: Generator, mesh: Mesh, record: bool, shared, rows) -> Decoded:
+    def own_rows(shared, rows):
+        theta, inner, phi = shared
+        keys, prompts, valid, context, own_phi = rows
+        decoded = generation.generate(
+            generator, theta, keys, prompts, valid, inner,
+            phi if own_phi is None else own_phi, context, record=record,
+        )  # fmt: skip
+        return jax.tree.map(
+            lambda leaf: leaf if jnp.ndim(leaf) else jax.lax.pmax(leaf, _ROWS), decoded
+        )
+
+    whole: Any = PartitionSpec()
+    divided: Any = PartitionSpec(_ROWS)
+    history = divided if record else None
+    out = Decoded(divided, divided, divided, divided, whole, whole, history)
+    # Loops and their states differ from device to device, which the check does not let through.
+    return jax.shard_map(
+        own_rows, mesh=mesh, in_specs=(whole, divided), out_specs=out, check_vma=False
+    )(shared, rows)
+
+
+def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:
+    return Mesh(np.array(devices), (_ROWS,))
