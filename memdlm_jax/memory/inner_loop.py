@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from memdlm_jax import partitioning
-from memdlm_jax.memory import fast_weights
+from memdlm_jax.memory import fast_weights, shortcuts
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.losses import InnerLoss
 from memdlm_jax.typing import Partitioned, Phi, Theta, differentiable
@@ -51,6 +51,7 @@ def adapt(
     optimizer: optax.GradientTransformation,
     measure: Measure | None = None,
     leading: tuple[Any, Callable[[Any], Any]] | None = None,
+    is_fresh: bool = False,
 ) -> tuple[Phi, InnerStep]:
     """Take one optimiser step on phi per state, in order (paper, equations 5 to 8).
 
@@ -64,6 +65,8 @@ def adapt(
         measure: the loss to be recorded after every step, see ``measured``; ``None`` records NaN.
         leading: (entries stacked along a first axis, entry -> state) of steps before those of
             ``states``, walked under a scan: each state is made when its step is taken.
+        is_fresh: ``phi`` leaves the model unchanged (B = 0), and ``gradient`` is of first order:
+            the first step then leaves out what is known to be zero, unless it is a ``leading`` one.
 
     Returns:
         The adapted phi, and the record of the steps. A step whose loss or gradient is not finite
@@ -72,9 +75,10 @@ def adapt(
         not finite is theta, or the trunk that a state was computed with.
     """
 
-    def walk(before, state):
+    def walk(before, state, is_fresh=False):
         phi, optimizer_state = before
-        loss, grads = gradient(theta, phi, state)
+        loss, grads = gradient(theta, shortcuts.fresh(phi) if is_fresh else phi, state)
+        grads = shortcuts.unwrapped(grads) if is_fresh else grads
         norm = jax.lax.stop_gradient(fast_weights.group_norms(grads))
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
         grads = _harmless(fine, grads)
@@ -91,8 +95,8 @@ def adapt(
         entries, read = leading
         reached, record = jax.lax.scan(lambda at, x: walk(at, read(x)), reached, entries)
         records.append(record)
-    for state in states:
-        reached, record = walk(reached, state)
+    for number, state in enumerate(states):
+        reached, record = walk(reached, state, is_fresh and number == 0 and leading is None)
         records.append(jax.tree.map(lambda x: x[None], record))
     return reached[0], jax.tree.map(lambda *steps: jnp.concatenate(steps), *records)
 

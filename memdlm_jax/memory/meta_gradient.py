@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule, loss_weight
-from memdlm_jax.memory import fast_weights, inner_loop, learned, walk
+from memdlm_jax.memory import fast_weights, inner_loop, learned, shortcuts, walk
 from memdlm_jax.memory import losses as inner_losses
 from memdlm_jax.memory import trajectory as trajectories
 from memdlm_jax.memory.config import MemoryConfig
@@ -28,7 +28,7 @@ from memdlm_jax.memory.inner_loop import InnerStep
 from memdlm_jax.memory.learned import InnerParameters
 from memdlm_jax.memory.losses import InnerLoss
 from memdlm_jax.memory.trajectory import State, Trajectory
-from memdlm_jax.typing import Batch, Denoiser, Hidden, Key, Mask, Phi, Theta
+from memdlm_jax.typing import Batch, Denoiser, Hidden, Key, Mask, Partitioned, Phi, Theta
 
 Corrupt = Callable[[Key, Batch], tuple[Mask, Float[Array, "b"]]]
 """(key, batch) -> (anchor mask [b, l] within ``maskable``, loss weight [b])."""
@@ -169,6 +169,7 @@ def outer_loss(
     inner: InnerParameters | None = None,
     inner_loss: InnerLoss | None = None,
     inner_optimizer: optax.GradientTransformation | None = None,
+    is_fresh: bool = False,
 ) -> tuple[Float[Array, ""], OuterLoss]:
     """Adapt phi along the trajectory, then take the MDLM loss at the anchor (paper, section 4).
 
@@ -189,6 +190,7 @@ def outer_loss(
         inner_optimizer: any optax optimiser in the place of the config's clipped SGD. Unless
             ``first_order``, it needs a derivative where an inner gradient is exactly zero:
             ``optax.adam`` with ``eps_root > 0``.
+        is_fresh: ``phi`` is as ``draw`` made it, with B = 0; its first step then costs less.
 
     Returns:
         (sum of the memory-on loss over this batch, all sums).
@@ -218,11 +220,15 @@ def outer_loss(
         _RULES[config.meta_gradient](loss, shared_axis), inner_theta, phi, steps,
         optimizer_of(config, inner, inner_optimizer),
         inner_loop.measured(loss, with_memory_off, shared_axis), leading,
+        is_fresh and config.meta_gradient == "first_order" and inner_loss is None
+        and trajectory.dropout is None,
     )  # fmt: skip
     used = adapted
     if trajectory.dropout is not None:
         drop = functools.partial(fast_weights.with_dropout, rate=config.dropout)
         used = jax.vmap(drop)(adapted, trajectory.dropout[-1])
+    elif _is_fused(config, theta, phi):
+        used = shortcuts.fused(adapted)
     read = functools.partial(
         anchor_loss, denoiser, valid=batch.valid, anchor=anchor,
         split=fast_weights.split_of(denoiser, config), entered=entering is not None,
@@ -235,6 +241,16 @@ def outer_loss(
     return memory_on, OuterLoss(
         memory_on, memory_off, *_counts(batch), record, norm, change, adapted
     )
+
+
+def _is_fused(config: MemoryConfig, theta: Theta, phi: Phi) -> bool:
+    """Whether the outer loss adds the one memory to the base.
+
+    A derivative in the memory is then taken through that of the base, which must be wanted itself.
+    """
+    trained = not isinstance(theta, Partitioned)
+    one = fast_weights.number_of_groups(phi) == 1
+    return one and (trained or config.meta_gradient == "first_order")
 
 
 def _counts(batch: Batch) -> tuple[Int[Array, ""], Int[Array, ""]]:

@@ -240,7 +240,7 @@ def _outer_loss(
     loss, outer = meta_gradient.outer_loss(
         setup.denoiser, memory, theta, phi, batch, anchor, states,
         with_memory_off=report, axis_name=setup.axis_name, inner=inner,
-        inner_loss=setup.inner_loss, inner_optimizer=setup.inner_optimizer,
+        inner_loss=setup.inner_loss, inner_optimizer=setup.inner_optimizer, is_fresh=True,
     )  # fmt: skip
     return loss, _sums(setup, outer, batch)
 
