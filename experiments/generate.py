@@ -16,12 +16,12 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ml_collections import config_dict
 
 from experiments import _cli, _memory, _model
+from memdlm_jax import storage
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.samplers import DecodeConfig
@@ -171,7 +171,7 @@ def _read(file: str) -> str:
         ValueError: it is no UTF-8.
     """
     try:
-        return Path(file).read_text(encoding="utf-8-sig")
+        return storage.read_text(storage.path(file), "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text: {error}") from error
 
@@ -280,12 +280,12 @@ def main(config: GenerateConfig) -> None:
     """Run from the command line; lines are written as they come."""
     found = answers(config, read_prompts(config))
     for file in filter(None, (config.output, config.save_memory)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        storage.path(file).parent.mkdir(parents=True, exist_ok=True)
     first = next(found)  # What cannot be answered must not have emptied the file of the answers.
     with contextlib.ExitStack() as stack:
         out = sys.stdout
         if config.output:
-            out = stack.enter_context(Path(config.output).open("w", encoding="utf-8"))
+            out = stack.enter_context(storage.path(config.output).open("w", encoding="utf-8"))
         for answer in itertools.chain([first], found):
             print(json.dumps(answer, ensure_ascii=False), file=out, flush=True)
 

@@ -16,12 +16,12 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
 from experiments import _cli, _memory, _model
+from memdlm_jax import storage
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.samplers import SAMPLERS
 from memdlm_jax.evaluation.continuations import PUBLIC
@@ -154,7 +154,7 @@ def system_of(config: HarnessConfig, changed: Mapping[str, Any]) -> tuple[System
             said = str(error.args[0]).replace("config.memory: memory.", "memory_")
             raise ValueError(f"model_args: {said.replace('config.memory.', 'memory_')}") from error
         inner = _memory.inner_parameters(folder, denoiser, memory)
-    trained = (Path(folder) / _memory.SETTINGS).exists()
+    trained = (storage.path(folder) / _memory.SETTINGS).exists()
     plain = "memdlm_train_only" if trained else "mdlm"
     name = config.system or ("memdlm" if config.memory else plain)
     max_length = config.max_length or denoiser.config.max_length

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from memdlm_jax import processes
+from memdlm_jax import processes, storage
 from memdlm_jax.checkpoints.trees import named
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class TrainingCheckpoints:
         """
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be at least 1")
-        self.folder = Path(folder).absolute()
+        self.folder = storage.for_arrays(folder)
         self.config = json.loads(json.dumps(dict(config), sort_keys=True))
         self._keep_last = keep_last
         self._manager = self._open()
