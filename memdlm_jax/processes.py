@@ -5,6 +5,7 @@ Every function is the identity, or nothing, where there is only one process.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pickle
 import signal
@@ -18,6 +19,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
+
+_GATHERED_AT_ONCE = 1 << 28
+"""Bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +153,35 @@ def first_alone(work: Callable[[], T]) -> T:
 def whole(leaf: Any) -> np.ndarray:
     """An array on the host, also where this process holds only a share of it.
 
-    Every process has to call this, for the same arrays in the same order.
+    It is gathered in slices of some 256 MiB, since a device may have no room for all of it. Every
+    process has to call this, for the same arrays in the same order.
     """
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return np.asarray(leaf)
     if leaf.is_fully_replicated:
         return np.asarray(leaf.addressable_data(0))
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    axis = _undivided_axis(leaf)
+    size = leaf.shape[axis]
+    count = max(1, min(size, _GATHERED_AT_ONCE * size // leaf.nbytes))
+    found = np.empty(leaf.shape, leaf.dtype)
+    for first in range(0, size, count):
+        # The last slice begins earlier where too little is left: one program for all.
+        first = min(first, size - count)
+        part = multihost_utils.process_allgather(_slice(leaf, first, count, axis), tiled=True)
+        found[(slice(None),) * axis + (slice(first, first + count),)] = part
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _slice(leaf: jax.Array, first: int, count: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(leaf, first, count, axis)
+
+
+def _undivided_axis(leaf: jax.Array) -> int:
+    """The longest axis that every device has whole; the first if there is none."""
+    spec = [*getattr(leaf.sharding, "spec", ()), *(None,) * leaf.ndim][: leaf.ndim]
+    free = [axis for axis in range(leaf.ndim) if spec[axis] is None]
+    return max(free, key=lambda axis: (leaf.shape[axis], -axis), default=0)
 
 
 def abort(message: str) -> NoReturn:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from memdlm_jax import processes
+from memdlm_jax.checkpoints import digests
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.pipeline import Pipeline, PipelineConfig
 from memdlm_jax.data.sft import Row
@@ -167,6 +169,17 @@ def placed_by_hand():
     return {"rows": steps.rows_here(4).tolist(), "shapes": here, "equal": same}
 
 
+def divided():
+    """Digest and content of an array of which each process has a part."""
+    array = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    mesh = MeshConfig(data=jax.device_count()).build(jax.devices())
+    place = NamedSharding(mesh, PartitionSpec(None, "data"))
+    global_array = jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+    processes._GATHERED_AT_ONCE = 4 * 8 * 4  # four of the six rows
+    same = np.array_equal(processes.whole(global_array), array)
+    return {"digest": digests.digest(global_array), "one": digests.digest(array), "equal": same}
+
+
 def first_job(folder):
     data = Stopping()
     found = {
@@ -175,6 +188,7 @@ def first_job(folder):
         "questions": questions(folder),
         "measured": measured(),
         "placed": placed_by_hand(),
+        "divided": divided(),
         "with_memory": step_with_memory(),
     }
     result = train(folder, data)

@@ -160,6 +160,12 @@ def test_a_row_may_lie_on_several_processes(chain):
 
 
 @pytest.mark.distributed
+def test_a_digest_is_that_of_one_process_and_a_gathered_array_whole(chain):
+    for found in chain["first"]:
+        assert found["divided"]["equal"] and found["divided"]["digest"] == found["divided"]["one"]
+
+
+@pytest.mark.distributed
 def test_what_processes_tell_each_other(chain):
     for found in chain["first"]:
         assert [one["number"] for one in found["gathered"]] == [0, 1]
