@@ -92,6 +92,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> ChatConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
+    _cli.drop_distributed(settings)
     _model.resolve(settings, "model", "under")
     enabled = settings["memory"].pop("enabled", True)
     if type(enabled) is not bool:
@@ -304,7 +305,8 @@ def run() -> None:
             config.memory.enabled = memory.value
         return from_config_dict(config)
 
-    _cli.run(parse, main, "experiments/configs/chat.py")
+    alone = "a conversation is held in one process; experiments.generate answers prompts in several"
+    _cli.run(parse, main, "experiments/configs/chat.py", alone)
 
 
 if __name__ == "__main__":

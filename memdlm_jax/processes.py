@@ -11,14 +11,20 @@ import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+_PATIENCE = 3600
+"""Seconds that a process which is done waits for one that still writes a large checkpoint.
+
+One that is dead is missed by its heartbeat long before."""
+
 T = TypeVar("T")
+R = TypeVar("R")
 
 _GATHERED_AT_ONCE = 1 << 28
 """Bytes."""
@@ -90,6 +96,7 @@ def start(config: DistributedConfig) -> None:
             # What is given is not completed by what an environment says.
             cluster_detection_method=None if config.auto else "deactivate",
             heartbeat_timeout_seconds=config.heartbeat_seconds,
+            shutdown_timeout_seconds=_PATIENCE,
         )  # fmt: skip
     except ValueError as error:
         if not config.auto:
@@ -137,6 +144,23 @@ def gather(value: T) -> list[T]:
 def wait_for_all() -> None:
     """Return when every process has called this."""
     gather(None)
+
+
+def shared_out(pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[R]:
+    """What ``work`` returns for each piece, in their order, each done by one process.
+
+    Of n processes each does every n-th piece, one at a time, and is told of the others' results.
+
+    Args:
+        pieces: the same in every process.
+        work: called for the pieces of this process, in their order; what it returns is pickled.
+    """
+    count, own = jax.process_count(), jax.process_index()
+    for start in range(0, len(pieces), count):
+        turn = pieces[start : start + count]
+        done = gather([work(piece) for piece in turn[own : own + 1]])
+        for results in done[: len(turn)]:
+            yield results[0]
 
 
 def first_alone(work: Callable[[], T]) -> T:

@@ -140,6 +140,8 @@ def run(
     """
     with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
         steps = CompiledSteps(setup, feed.capacity_for(data, validation), frozen, mesh)
+        for note in steps.undivided(state.theta):
+            logger.info("%s", note)
         progress = _restored(checkpoints, steps.place(state))
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
             loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)
