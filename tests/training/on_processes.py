@@ -222,11 +222,11 @@ def first_job(folder):
         "measured": measured(),
         "placed": placed_by_hand(),
         "divided": divided(),
-        "generated": generated(folder),
         "harness": harness_answers(),
         "with_memory": step_with_memory(),
     }
     result = train(folder, data)
+    generated(folder)  # From then on SIGTERM ends a process.
     return found | {
         "norm_after_2": norm_after(2, folder, result),
         "step": int(result.state.step), "finished": result.finished, "taken": data.rows.taken
