@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec.config
 from etils import epath
 
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
@@ -43,6 +44,9 @@ def path(where: str | os.PathLike[str]) -> Path:
         raise ImportError(
             f"{text} needs the package {_PACKAGES[scheme]}: pip install 'memdlm_jax[storage]'"
         )
+    # Other processes write to the same folder: what it held a while ago is no answer.
+    settings = fsspec.config.conf.setdefault({"gs": "gcs"}.get(scheme, scheme), {})
+    settings.setdefault("use_listings_cache", False)
     found: Any = epath.Path(text)
     return found
 
@@ -95,13 +99,12 @@ def files_below(folder: Path) -> list[Path]:
         return sorted(found for found in folder.rglob("*") if found.is_file())
     if not folder.is_dir():
         return []
-    remote: Any = folder
-    scheme = str(folder).partition("://")[0]
-    # ``epath`` gives these folders without their scheme.
-    tops = ((str(top).removeprefix(f"{scheme}://"), names) for top, _, names in remote.walk())
-    return sorted(
-        path(f"{scheme}://{top.lstrip('/')}") / name for top, names in tops for name in names
-    )
+    found: list[Path] = []
+    # Not ``walk``: ``epath`` gives it an argument that s3fs refuses.
+    for entry in folder.iterdir():
+        if entry != folder:  # A folder's own mark, as some tools leave it.
+            found += files_below(entry) if entry.is_dir() else [entry]
+    return sorted(found)
 
 
 @contextlib.contextmanager
