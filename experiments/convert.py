@@ -79,18 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m experiments.convert",
         description="Convert a model folder between the published format and Orbax.",
     )
-    parser.add_argument("source", type=storage.path)
-    parser.add_argument("target", type=storage.path)
+    parser.add_argument("source")
+    parser.add_argument("target")
     parser.add_argument("--to", choices=FORMATS)
-    parser.add_argument("--base", type=storage.path, help="model folder under an adapter")
+    parser.add_argument("--base", help="model folder under an adapter")
     parser.add_argument("--dtype", choices=hugging_face.DTYPES)
     parser.add_argument("--shard-bytes", type=int, default=hugging_face.SHARD_BYTES)
     o = parser.parse_args(arguments)
     if o.shard_bytes < 1:
         parser.error(f"--shard-bytes={o.shard_bytes} must be at least 1")
     try:
-        source = storage.path(hub.local(str(o.source)))
-        to = convert(source, o.target, o.to, o.base, o.dtype, o.shard_bytes)
+        source, target = storage.path(hub.local(o.source)), storage.path(o.target)
+        base = o.base and storage.path(o.base)
+        to = convert(source, target, o.to, base, o.dtype, o.shard_bytes)
     except (OSError, ImportError, ValueError, CorruptCheckpoint, NoUsableCheckpoint) as error:
         sys.exit(f"error: {error}")
     print(f"{o.target}: {to}")
