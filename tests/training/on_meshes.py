@@ -212,6 +212,10 @@ def refusals(check):
         except ValueError as error:
             check(f"refused_{name}", str(error))
     bad = steps_on(MOE.with_config(num_experts=6), None, MeshConfig(2, expert=4))
+    check("undivided", {
+        "mesh": list(map(str, bad.undivided(theta_of(MOE.with_config(num_experts=6))))),
+        "divided": steps.undivided(theta_of(DENSE)), "one": steps_on(DENSE, None).undivided({}),
+    })  # fmt: skip
     try:
         bad.train(bad.place(fresh(MOE.with_config(num_experts=6))), rows(), KEY, True)
     except ValueError as error:

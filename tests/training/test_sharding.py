@@ -218,6 +218,13 @@ def test_a_digest_gathers_nothing(found):
 
 
 @pytest.mark.distributed
+def test_what_is_not_divided_is_told(found):
+    notes = found["undivided"]
+    assert notes["divided"] == notes["one"] == [] and len(notes["mesh"]) == 3
+    assert all("=6 is not divided over mesh.expert" in note for note in notes["mesh"])
+
+
+@pytest.mark.distributed
 def test_moments_lie_with_their_parameters(found):
     assert found["moments_follow"] and found["share_of_kernel"] == 0.5
 
