@@ -30,7 +30,10 @@ EXPECTED: tuple[type[Exception], ...] = (
 
 
 def run(
-    parse: Callable[[config_dict.ConfigDict], T], main: Callable[[T], None], default: str
+    parse: Callable[[config_dict.ConfigDict], T],
+    main: Callable[[T], None],
+    default: str,
+    alone: str = "",
 ) -> None:
     """Parse ``--config=FILE.py`` with its overrides and call ``main`` with the settings.
 
@@ -42,6 +45,7 @@ def run(
         parse: ConfigDict -> settings; may also raise KeyError and TypeError.
         main: the script; may raise what ``EXPECTED`` lists.
         default: config file that is used without ``--config``.
+        alone: why the script cannot be run by several processes; empty if it can.
     """
     absl_logging.set_verbosity(absl_logging.WARNING)
     with _overriding():  # Without --config, the overrides are read here.
@@ -60,7 +64,10 @@ def run(
                 raise app.UsageError("--profile is for scripts that train")
             config.value.train.profile_steps = profile.value
         with _one_line(KeyError, TypeError):
-            processes.start(_distributed(config.value))
+            found = _distributed(config.value)
+            if alone and found != DistributedConfig():
+                raise ValueError(f"config.distributed must be as it is by default: {alone}")
+            processes.start(found)
         with processes.ending_together():
             _quiet_unless_first()
             with _one_line(KeyError, TypeError):

@@ -5,14 +5,13 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from experiments import _stages
 from experiments._evaluation import EvaluateConfig, Loaded
-from memdlm_jax import processes
+from memdlm_jax import processes, storage
 from memdlm_jax.data import sources
 from memdlm_jax.data.needles import Episode, string_match_all
 from memdlm_jax.data.sft import Row
@@ -245,9 +244,9 @@ def remembered(
     if config.held_out.path:
         settings["held_out"]["path"] = _content(config.held_out.path)
     key = _stages.digest([settings, loaded.weights, loaded.tokenizer.digest()])
-    return _stages.stage(Path(config.output) / "parts" / f"{name}-{key}.json", compute)
+    return _stages.stage(storage.path(config.output) / "parts" / f"{name}-{key}.json", compute)
 
 
 def _content(path: str) -> str:
     """Digest of a file, so that another content is other data."""
-    return _stages.digest(Path(path).read_text(encoding="utf-8"))
+    return _stages.digest(storage.path(path).read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ import safetensors
 from ml_collections import config_dict
 
 from experiments import _cli
+from memdlm_jax import storage
 from memdlm_jax.checkpoints import hugging_face, trees
 from memdlm_jax.memory import fast_weights, generation, learned
 from memdlm_jax.memory.config import MemoryConfig
@@ -45,14 +46,14 @@ def inner_digest(folder: str) -> str:
     Raises:
         FileNotFoundError: it has none.
     """
-    return hashlib.sha256((Path(folder) / PARAMETERS).read_bytes()).hexdigest()
+    return hashlib.sha256((storage.path(folder) / PARAMETERS).read_bytes()).hexdigest()
 
 
 def save_written(path: str, phi: Phi, memory: MemoryConfig, model: str, under: str = "") -> None:
     """Write a memory of one group, and beside it (``.json``) what it must be read with."""
     trees.save(path, phi)
     facts = {"weights": _digest(model, under), "memory": dataclasses.asdict(memory)}
-    Path(f"{path}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    storage.path(f"{path}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def written_settings(path: str) -> MemoryConfig:
@@ -62,7 +63,7 @@ def written_settings(path: str) -> MemoryConfig:
         FileNotFoundError: there is no such memory.
         KeyError, TypeError, ValueError: the file beside it is damaged.
     """
-    file = Path(f"{path}.json")
+    file = storage.path(f"{path}.json")
     if not file.exists():
         raise FileNotFoundError(f"{file} is not there: it is written by save_memory, with {path}")
     return _cli.build(MemoryConfig, _facts(file)["memory"], str(file))
@@ -86,7 +87,7 @@ def load_written(
     Raises:
         ValueError: it was written with other weights, or has other shapes.
     """
-    if _facts(Path(f"{path}.json"))["weights"] != _digest(model, under):
+    if _facts(storage.path(f"{path}.json"))["weights"] != _digest(model, under):
         raise ValueError(
             f"{path} was written with other weights than those of {model}: a memory is a change "
             "to these very weights"
@@ -105,7 +106,10 @@ def written_lines(path: str) -> Iterator[str]:
     """
     memory = written_settings(path)
     try:
-        with safetensors.safe_open(path, framework="flax") as file:
+        with (
+            storage.on_disk(path) as local,
+            safetensors.safe_open(local, framework="flax") as file,
+        ):
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
@@ -153,7 +157,7 @@ def settings(folder: str, changed: Mapping[str, Any]) -> MemoryConfig:
     Raises:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
-    file = Path(folder) / SETTINGS
+    file = storage.path(folder) / SETTINGS
     trained = {}
     if folder and file.exists():
         trained = json.loads(file.read_text())
@@ -174,7 +178,7 @@ def inner_parameters(
     """
     if not memory.learned:
         return None
-    file = Path(folder) / PARAMETERS
+    file = storage.path(folder) / PARAMETERS
     if not file.exists():
         raise FileNotFoundError(
             f"memory.learned={memory.learned!r}, but {file} is not there: train with it first"

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
+from memdlm_jax import storage
 from memdlm_jax.checkpoints import families, hub, hugging_face
 from memdlm_jax.checkpoints.folders import read_json
 from memdlm_jax.data.tokenizer import Tokenizer
@@ -102,7 +103,7 @@ def described(name: str) -> Transformer:
     """
     if name in PUBLISHED:
         return PUBLISHED[name]
-    folder = Path(hub.local(name))
+    folder = storage.path(hub.local(name))
     if not folder.is_dir():
         raise FileNotFoundError(f"{name} is no folder and none of {sorted(PUBLISHED)}")
     file = hugging_face.base_of(folder) / "config.json"
@@ -160,7 +161,7 @@ def mesh_defaults() -> config_dict.ConfigDict:
 
 def tokenizer_folder(folder: str, under: str = "") -> Path:
     """The folder itself, or that of the model under an adapter that brings no tokenizer."""
-    own = Path(folder)
+    own = storage.path(folder)
     brings = any((own / name).exists() for name in ("tokenizer.json", "vocab.json"))
     if brings or not hugging_face.is_adapter(own):
         return own

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memdlm_jax import processes
+from memdlm_jax import processes, storage
 
 Stage = tuple[Any, float]
 """Result of a stage, JSON-ready, and the seconds it took."""
@@ -29,9 +29,8 @@ def stage(path: Path, compute: Callable[[], Any]) -> Stage:
         noted = json.dumps({"result": compute(), "seconds": time.monotonic() - start})
         if first:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(noted)
-            temporary.replace(path)
+            with storage.replacing(path) as file:
+                file.write_text(noted)
     elif first:
         print(f"done before: {path}", file=sys.stderr, flush=True)
     stored = json.loads(noted)

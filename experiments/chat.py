@@ -11,7 +11,6 @@ breaks as spaces, and all else goes to standard error. ``/help`` lists the comma
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from rich.text import Text
 from experiments import _cli, _memory, _model
 from experiments._chat_model import UNBOUNDED, Answerer, encoded, fit, padded
 from experiments._chat_screen import Screen, painted
+from memdlm_jax import storage
 from memdlm_jax.data.example import Message
 from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.diffusion.samplers import DecodeConfig
@@ -92,6 +92,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> ChatConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
+    _cli.drop_distributed(settings)
     _model.resolve(settings, "model", "under")
     enabled = settings["memory"].pop("enabled", True)
     if type(enabled) is not bool:
@@ -106,7 +107,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> ChatConfig:
 
 def check_export(name: str, path: str) -> None:
     """Raise ValueError if this is no name of a picture."""
-    if Path(path).suffix not in (".html", ".gif"):
+    if storage.path(path).suffix not in (".html", ".gif"):
         raise ValueError(f"{name}={path!r} must end in .html or .gif")
 
 
@@ -117,7 +118,7 @@ def export(history: dict[str, Any], path: str) -> None:
         OSError, ValueError: it cannot be written there, or it is neither.
     """
     check_export("path", path)
-    file = Path(path).expanduser()
+    file = storage.path(path).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".gif":
         animation.gif(history, file, title="A reply, denoised")
@@ -304,7 +305,8 @@ def run() -> None:
             config.memory.enabled = memory.value
         return from_config_dict(config)
 
-    _cli.run(parse, main, "experiments/configs/chat.py")
+    alone = "a conversation is held in one process; experiments.generate answers prompts in several"
+    _cli.run(parse, main, "experiments/configs/chat.py", alone)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from ml_collections import config_dict
 
 from experiments import _cli, finetune
 from experiments.finetune import FinetuneConfig
+from memdlm_jax import storage
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.training.sharding import MeshConfig
 
@@ -105,7 +105,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "losses": found,
         "differences": differences(found),
     }
-    folder = Path(config.output)
+    folder = storage.path(config.output)
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     table = as_table(results)
     (folder / "table.md").write_text(table)
@@ -117,7 +117,7 @@ def last_validation(
     config: CompareConfig, name: str, memory: MemoryConfig, seed: int
 ) -> dict[str, float]:
     """Validation losses after the last step of one run, trained now or before."""
-    folder = Path(config.output) / f"{name}-seed{seed}"
+    folder = storage.path(config.output) / f"{name}-seed{seed}"
     train = dataclasses.replace(config.finetune.train, output=str(folder), seed=seed)
     pipeline = dataclasses.replace(config.finetune.pipeline, seed=seed)
     one = dataclasses.replace(config.finetune, memory=memory, train=train, pipeline=pipeline)

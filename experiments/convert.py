@@ -11,13 +11,13 @@ other small files are copied.
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
+from memdlm_jax import storage
 from memdlm_jax.checkpoints import hub, hugging_face, orbax_model
 from memdlm_jax.checkpoints.training_state import CorruptCheckpoint, NoUsableCheckpoint
 from memdlm_jax.models import lora
@@ -69,7 +69,7 @@ def convert(
     for folder, patterns in ((below, SMALL), (source, (*SMALL, *MEMORY))):
         for pattern in patterns:
             for file in folder.glob(pattern):
-                shutil.copyfile(file, target / file.name)
+                (target / file.name).write_bytes(file.read_bytes())
     return to
 
 
@@ -79,18 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m experiments.convert",
         description="Convert a model folder between the published format and Orbax.",
     )
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("source")
+    parser.add_argument("target")
     parser.add_argument("--to", choices=FORMATS)
-    parser.add_argument("--base", type=Path, help="model folder under an adapter")
+    parser.add_argument("--base", help="model folder under an adapter")
     parser.add_argument("--dtype", choices=hugging_face.DTYPES)
     parser.add_argument("--shard-bytes", type=int, default=hugging_face.SHARD_BYTES)
     o = parser.parse_args(arguments)
     if o.shard_bytes < 1:
         parser.error(f"--shard-bytes={o.shard_bytes} must be at least 1")
     try:
-        source = Path(hub.local(str(o.source)))
-        to = convert(source, o.target, o.to, o.base, o.dtype, o.shard_bytes)
+        source, target = storage.path(hub.local(o.source)), storage.path(o.target)
+        base = o.base and storage.path(o.base)
+        to = convert(source, target, o.to, base, o.dtype, o.shard_bytes)
     except (OSError, ImportError, ValueError, CorruptCheckpoint, NoUsableCheckpoint) as error:
         sys.exit(f"error: {error}")
     print(f"{o.target}: {to}")

@@ -16,7 +16,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from ml_collections import config_dict
 
 from experiments import _cli, _evaluation, _measures, _memory, _model
 from experiments._evaluation import EvaluateConfig, Loaded
-from memdlm_jax import processes
+from memdlm_jax import processes, storage
 from memdlm_jax.data.prepare import installed_version
 from memdlm_jax.evaluation import report
 from memdlm_jax.evaluation.asking import Answers
@@ -89,7 +88,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
             f"{loaded.max_length}, the longest canvas (max_length, or what the models are meant "
             "for)"
         )
-    answers = Answers(Path(config.output) / "answers.jsonl")
+    answers = Answers(storage.path(config.output) / "answers.jsonl")
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
 

@@ -22,7 +22,7 @@ import jax
 from ml_collections import config_dict
 
 from experiments import _cli, _memory, _model
-from memdlm_jax import partitioning, processes
+from memdlm_jax import partitioning, processes, storage
 from memdlm_jax.checkpoints import hugging_face, peft
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline, resolved
 from memdlm_jax.data.prepare import DataConfig, PreparedData, prepare
@@ -160,7 +160,7 @@ def finetune(config: FinetuneConfig) -> Result:
     )  # fmt: skip
     if result.finished:
         best = loop.load_best(config.train, setup, result, validation, identity)
-        folder = Path(config.train.output) / "best"
+        folder = storage.path(config.train.output) / "best"
         trained, inner = learned.split(jax.tree.map(processes.whole, best))
         if processes.is_first():
             theta = trained if frozen is None else Partitioned(trained, frozen)
@@ -228,10 +228,10 @@ def export(folder: Path, config: FinetuneConfig, denoiser: Transformer, theta: T
     if config.lora is None:
         hugging_face.save(folder, denoiser, theta, like=config.init)
         return
-    below = Path(config.init)
+    below = storage.path(config.init)
     if hugging_face.is_adapter(below):
         below = hugging_face.base_of(below, config.under or None)
-    peft.save(folder, denoiser, merged(theta), config.lora, str(below.absolute()))
+    peft.save(folder, denoiser, merged(theta), config.lora, str(storage.absolute(below)))
 
 
 def prepared_for(config: FinetuneConfig, denoiser: Transformer) -> PreparedData:

@@ -7,23 +7,27 @@
 
 An input has one prompt per line; a file whose name ends in .jsonl has one object per line, with
 the prompt under ``prompt``. ``--config.memory.enabled=True`` writes each prompt into memory first.
-With ``--config.context=FILE`` that text is written instead, once for all prompts.
+With ``--config.context=FILE`` that text is written instead, once for all prompts. Several processes
+(``--config.distributed``) share the prompts out; the first writes all answers, in order.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import config_dict
 
 from experiments import _cli, _memory, _model
+from memdlm_jax import processes, storage
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.tokenizer import Tokenizer
+from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation.samples import denoising_history
 from memdlm_jax.evaluation.systems import (
@@ -116,6 +120,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> GenerateConfig:
         KeyError, TypeError, ValueError: naming the field, see ``_cli.build``.
     """
     settings = config.to_dict()
+    _cli.drop_distributed(settings)
     _model.resolve(settings, "model", "under")
     enabled = settings["memory"].pop("enabled", None)
     if type(enabled) not in (bool, type(None)):
@@ -171,7 +176,7 @@ def _read(file: str) -> str:
         ValueError: it is no UTF-8.
     """
     try:
-        return Path(file).read_text(encoding="utf-8-sig")
+        return storage.read_text(storage.path(file), "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text: {error}") from error
 
@@ -187,7 +192,7 @@ def _from_json(line: str) -> str:
 
 
 def answers(config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, Any]]:
-    """One JSON-ready object per prompt, batch by batch.
+    """One JSON-ready object per prompt, batch by batch; several processes share the batches out.
 
     Raises:
         FileNotFoundError: no such context.
@@ -207,24 +212,41 @@ def answers(config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, An
     examples = [Example(shown + p, "?", f"line {i}", "input") for i, p in enumerate(prompts, 1)]
     ids = [prompt_ids(tokenizer, example, longest) for example in examples]
     settings = stopping(config.decode, tokenizer)
-    asked = iter(prompts)
-    for decoded in batches(
-        system, ids, settings, seed=config.seed, pad_token_id=tokenizer.pad_id,
-        max_length=max_length, batch_size=config.batch_size, phi=phi, record=config.history,
-    ):  # fmt: skip
-        said = replies(tokenizer, decoded, settings.stop)
-        for row, text in enumerate(said.texts):
-            answer = {
-                "prompt": next(asked),
-                "reply": text,
-                "tokens": int(said.lengths[row]),
-                "ended": bool(said.lengths[row] < config.decode.length),
-                "steps": int(decoded.steps[row]),
-                "memory": config.memory is not None,
-            }
-            if config.history:
-                answer["history"] = denoising_history(decoded, row, tokenizer)
-            yield answer
+    size = config.batch_size
+    shares = [range(len(prompts))[start : start + size] for start in range(0, len(prompts), size)]
+    mine = [i for share in shares[jax.process_index() :: jax.process_count()] for i in share]
+    decoded = batches(
+        system, [ids[i] for i in mine], settings, seed=config.seed, pad_token_id=tokenizer.pad_id,
+        max_length=max_length, batch_size=size, phi=phi, record=config.history, numbers=mine,
+        width=max(map(len, ids)),
+    )  # fmt: skip
+
+    def answered(share: range) -> list[dict[str, Any]]:
+        return described(config, tokenizer, [prompts[i] for i in share], next(decoded))
+
+    for some in processes.shared_out(shares, answered):
+        yield from some
+
+
+def described(
+    config: GenerateConfig, tokenizer: Tokenizer, prompts: list[str], decoded: Decoded
+) -> list[dict[str, Any]]:
+    """What is said of the answers of one batch."""
+    said = replies(tokenizer, decoded, stopping(config.decode, tokenizer).stop)
+    answers = []
+    for row, (prompt, text) in enumerate(zip(prompts, said.texts, strict=True)):
+        answer = {
+            "prompt": prompt,
+            "reply": text,
+            "tokens": int(said.lengths[row]),
+            "ended": bool(said.lengths[row] < config.decode.length),
+            "steps": int(decoded.steps[row]),
+            "memory": config.memory is not None,
+        }
+        if config.history:
+            answer["history"] = denoising_history(decoded, row, tokenizer)
+        answers.append(answer)
+    return answers
 
 
 def read_context(config: GenerateConfig) -> str:
@@ -270,22 +292,29 @@ def memory_of(
         )
     phi, record = write_context(system, ids, config.seed, tokenizer.pad_id)
     losses = ", ".join(f"{loss:.3f}" for loss in record.loss.ravel())
-    print(f"wrote {len(ids)} tokens into memory, inner losses {losses}", file=sys.stderr)
-    if config.save_memory:
+    if processes.is_first():
+        print(f"wrote {len(ids)} tokens into memory, inner losses {losses}", file=sys.stderr)
+    if config.save_memory and processes.is_first():
         _memory.save_written(config.save_memory, phi, system.memory, *where)
     return phi
 
 
 def main(config: GenerateConfig) -> None:
-    """Run from the command line; lines are written as they come."""
-    found = answers(config, read_prompts(config))
+    """Run from the command line; lines are written as they come, by the first process."""
+    processes.end_at_sigterm()
+    # The others may have no standard input.
+    prompts = processes.gather(read_prompts(config) if processes.is_first() else [])[0]
+    found = answers(config, prompts)
+    if not processes.is_first():
+        collections.deque(found, maxlen=0)
+        return
     for file in filter(None, (config.output, config.save_memory)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        storage.path(file).parent.mkdir(parents=True, exist_ok=True)
     first = next(found)  # What cannot be answered must not have emptied the file of the answers.
     with contextlib.ExitStack() as stack:
         out = sys.stdout
         if config.output:
-            out = stack.enter_context(Path(config.output).open("w", encoding="utf-8"))
+            out = stack.enter_context(storage.path(config.output).open("w", encoding="utf-8"))
         for answer in itertools.chain([first], found):
             print(json.dumps(answer, ensure_ascii=False), file=out, flush=True)
 

@@ -7,7 +7,9 @@
 
 The harness has no plug-ins: this command registers the model ``memdlm_jax`` and hands over to it.
 From Python, ``import experiments.lm_eval`` does the same for ``lm_eval.simple_evaluate``.
-``docs/harness.md`` lists ``--model_args``.
+``docs/harness.md`` lists ``--model_args``. Beside the harness's own options this command takes
+``--config.distributed.coordinator=HOST:PORT`` and the like, as all scripts do: several processes
+share the requests out, and the first writes.
 """
 
 import dataclasses
@@ -15,19 +17,20 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 
 from experiments import _cli, _memory, _model
+from memdlm_jax import processes, storage
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.samplers import SAMPLERS
 from memdlm_jax.evaluation.continuations import PUBLIC
 from memdlm_jax.evaluation.harness.requests import DECODE_FIELDS
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.processes import DistributedConfig
 
 try:
     from memdlm_jax.evaluation.harness.model import HarnessModel  # isort: skip
@@ -154,7 +157,7 @@ def system_of(config: HarnessConfig, changed: Mapping[str, Any]) -> tuple[System
             said = str(error.args[0]).replace("config.memory: memory.", "memory_")
             raise ValueError(f"model_args: {said.replace('config.memory.', 'memory_')}") from error
         inner = _memory.inner_parameters(folder, denoiser, memory)
-    trained = (Path(folder) / _memory.SETTINGS).exists()
+    trained = (storage.path(folder) / _memory.SETTINGS).exists()
     plain = "memdlm_train_only" if trained else "mdlm"
     name = config.system or ("memdlm" if config.memory else plain)
     max_length = config.max_length or denoiser.config.max_length
@@ -231,17 +234,49 @@ def with_options(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> di
     return {**arguments, "batch_size": given}
 
 
+def distributed(arguments: Sequence[str]) -> tuple[DistributedConfig, list[str]]:
+    """Take ``--config.distributed.NAME=VALUE`` out of the command line; the rest is the harness's.
+
+    Raises:
+        ValueError: a name or value is wrong.
+    """
+    prefix = "--config.distributed."
+    ours = [argument.removeprefix(prefix) for argument in arguments if argument.startswith(prefix)]
+    rest = [argument for argument in arguments if not argument.startswith(prefix)]
+    given: dict[str, Any] = {}
+    for name, _, value in (argument.partition("=") for argument in ours):
+        word = value in ("True", "False")
+        given[name] = value == "True" if word else int(value) if value.isdecimal() else value
+    try:
+        return _cli.build(DistributedConfig, given, "config.distributed"), rest
+    except (KeyError, TypeError) as error:
+        raise ValueError(error.args[0]) from error
+
+
 def main() -> None:
     """Hand over to the harness; an expected error is one line."""
     # Its bootstrap would fork processes beside JAX's threads, which may hang them.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
-        cli_evaluate()
+        config, sys.argv[1:] = distributed(sys.argv[1:])
+        processes.start(config)
+        with processes.ending_together():
+            _run()
     except _cli.EXPECTED as error:
         # LMEVAL_LOG_LEVEL=DEBUG, the harness's own switch, shows where it was raised.
         if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
             raise
         sys.exit(f"error: {error or type(error).__name__}")
+
+
+def _run() -> None:
+    """The harness, in this process or in each of several."""
+    if processes.several():
+        processes.end_at_sigterm()
+        # For the harness a process whose model has rank 0, but which is not itself the first of
+        # its host, computes along and writes nothing.
+        os.environ["LOCAL_RANK"] = str(jax.process_index())
+    cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from ml_collections import config_dict
 
 from experiments import _cli, _model
+from memdlm_jax import storage
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline
 from memdlm_jax.data.prepare import DataConfig, prepare
@@ -98,7 +99,7 @@ def model_folder(where: str) -> Path:
         FileNotFoundError: nothing is there.
     """
     if not where.startswith("NEWEST:"):
-        return Path(where)
+        return storage.path(where)
     pattern = where.removeprefix("NEWEST:")
     found = sorted(map(Path, glob.glob(pattern)), key=lambda folder: folder.stat().st_mtime)
     if not found:
@@ -119,7 +120,7 @@ def study(config: StudyConfig) -> dict[str, Any]:
         "models": models,
         "seconds": time.monotonic() - start,
     }
-    output = Path(config.output)
+    output = storage.path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(results, indent=1))
     table = as_table(models)

@@ -18,7 +18,7 @@ import jax
 from ml_collections import config_dict
 
 from experiments import _cli
-from memdlm_jax import processes
+from memdlm_jax import processes, storage
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.needles import NeedleConfig
 from memdlm_jax.data.pretraining import PretrainingConfig
@@ -108,8 +108,8 @@ def from_config_dict(config: config_dict.ConfigDict) -> PretrainConfig:
 
 def run(config: PretrainConfig) -> tuple[Path, Result]:
     """Train, resuming what is there, and return the exported model folder and the last state."""
-    output = Path(config.train.output)
-    tokenizer_file = Path(config.tokenizer or output / "tokenizer.json")
+    output = storage.path(config.train.output)
+    tokenizer_file = storage.path(config.tokenizer or output / "tokenizer.json")
     tokenizer = processes.first_alone(
         lambda: pretraining.tokenizer_at(tokenizer_file, config.model.vocab_size)
     )

@@ -21,6 +21,7 @@ from ml_collections import config_dict
 from experiments import _cli, _stages, evaluate, finetune
 from experiments._evaluation import EvaluateConfig
 from experiments.finetune import FinetuneConfig
+from memdlm_jax import storage
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
 from memdlm_jax.data.prepare import SourceConfig
@@ -69,7 +70,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> QuickstartConfig:
     tuning |= {"init": model or shipped_model(), "memory": dict(memory)}
     _cli.drop_disabled(tuning, "mesh", MeshConfig)
     tuning["train"]["output"] = output
-    tuning["data"]["directory"] = tuning["data"]["directory"] or str(Path(output) / "data")
+    tuning["data"]["directory"] = tuning["data"]["directory"] or str(storage.path(output) / "data")
     evaluation |= {"output": output, "memory": memory}
     return _cli.build(QuickstartConfig, settings | {"output": output})
 
@@ -89,7 +90,9 @@ def run(config: QuickstartConfig) -> Path:
     asked = dataclasses.replace(
         config.evaluate, mdlm=str(folders["mdlm"] / "best"), memdlm=str(folders["memdlm"] / "best")
     )
-    note = Path(config.output) / f"evaluation-{_stages.digest(dataclasses.asdict(asked))}.json"
+    note = (
+        storage.path(config.output) / f"evaluation-{_stages.digest(dataclasses.asdict(asked))}.json"
+    )
     measured, _ = _stages.stage(note, functools.partial(evaluate.measure, asked))
     seconds = {f"fine-tuning {name}": taken for name, (_, taken) in trained.items()}
     seconds |= measured.pop("seconds")
@@ -104,15 +107,14 @@ def run(config: QuickstartConfig) -> Path:
 
 def with_conversations(config: QuickstartConfig) -> QuickstartConfig:
     """Write the first conversations of the corpus as JSON lines and add them to the sources."""
-    folder = Path(config.finetune.data.directory)
+    folder = storage.path(config.finetune.data.directory)
     path = folder / f"conversations-{config.conversations}.jsonl"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         answered = (talk for talk in sources.chitchat_turns() if len(talk[1]) > 1)
         talks = itertools.islice(answered, config.conversations)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(_as_messages(*talk)) + "\n" for talk in talks))
-        unfinished.replace(path)
+        with storage.replacing(path) as file:
+            file.write_text("".join(json.dumps(_as_messages(*talk)) + "\n" for talk in talks))
     added = SourceConfig("jsonl", path=str(path))
     data = dataclasses.replace(config.finetune.data, sources=(*config.finetune.data.sources, added))
     tuning = dataclasses.replace(config.finetune, data=data)
@@ -132,7 +134,8 @@ def fine_tuned(
     """Folder of a training run, and the seconds it took; trains unless that is done."""
     tuning = dataclasses.replace(config.finetune, memory=memory)
     weights = hugging_face.weights_digest(tuning.init)
-    folder = Path(config.output) / f"{name}-{_stages.digest([dataclasses.asdict(tuning), weights])}"
+    key = _stages.digest([dataclasses.asdict(tuning), weights])
+    folder = storage.path(config.output) / f"{name}-{key}"
     train = dataclasses.replace(tuning.train, output=str(folder))
     settings = dataclasses.replace(tuning, train=train)
     _, seconds = _stages.stage(folder / "finished.json", functools.partial(train_fully, settings))

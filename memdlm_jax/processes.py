@@ -5,19 +5,29 @@ Every function is the identity, or nothing, where there is only one process.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+_PATIENCE = 3600
+"""Seconds that a process which is done waits for one that still writes a large checkpoint.
+
+One that is dead is missed by its heartbeat long before."""
+
 T = TypeVar("T")
+R = TypeVar("R")
+
+_GATHERED_AT_ONCE = 1 << 28
+"""Bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +96,7 @@ def start(config: DistributedConfig) -> None:
             # What is given is not completed by what an environment says.
             cluster_detection_method=None if config.auto else "deactivate",
             heartbeat_timeout_seconds=config.heartbeat_seconds,
+            shutdown_timeout_seconds=_PATIENCE,
         )  # fmt: skip
     except ValueError as error:
         if not config.auto:
@@ -135,6 +146,23 @@ def wait_for_all() -> None:
     gather(None)
 
 
+def shared_out(pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[R]:
+    """What ``work`` returns for each piece, in their order, each done by one process.
+
+    Of n processes each does every n-th piece, one at a time, and is told of the others' results.
+
+    Args:
+        pieces: the same in every process.
+        work: called for the pieces of this process, in their order; what it returns is pickled.
+    """
+    count, own = jax.process_count(), jax.process_index()
+    for start in range(0, len(pieces), count):
+        turn = pieces[start : start + count]
+        done = gather([work(piece) for piece in turn[own : own + 1]])
+        for results in done[: len(turn)]:
+            yield results[0]
+
+
 def first_alone(work: Callable[[], T]) -> T:
     """What ``work`` returns, called by process 0 before the others: it may leave files to find."""
     if is_first():
@@ -149,13 +177,35 @@ def first_alone(work: Callable[[], T]) -> T:
 def whole(leaf: Any) -> np.ndarray:
     """An array on the host, also where this process holds only a share of it.
 
-    Every process has to call this, for the same arrays in the same order.
+    It is gathered in slices of some 256 MiB, since a device may have no room for all of it. Every
+    process has to call this, for the same arrays in the same order.
     """
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return np.asarray(leaf)
     if leaf.is_fully_replicated:
         return np.asarray(leaf.addressable_data(0))
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    axis = _undivided_axis(leaf)
+    size = leaf.shape[axis]
+    count = max(1, min(size, _GATHERED_AT_ONCE * size // leaf.nbytes))
+    found = np.empty(leaf.shape, leaf.dtype)
+    for first in range(0, size, count):
+        # The last slice begins earlier where too little is left: one program for all.
+        first = min(first, size - count)
+        part = multihost_utils.process_allgather(_slice(leaf, first, count, axis), tiled=True)
+        found[(slice(None),) * axis + (slice(first, first + count),)] = part
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _slice(leaf: jax.Array, first: int, count: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(leaf, first, count, axis)
+
+
+def _undivided_axis(leaf: jax.Array) -> int:
+    """The longest axis that every device has whole; the first if there is none."""
+    spec = [*getattr(leaf.sharding, "spec", ()), *(None,) * leaf.ndim][: leaf.ndim]
+    free = [axis for axis in range(leaf.ndim) if spec[axis] is None]
+    return max(free, key=lambda axis: (leaf.shape[axis], -axis), default=0)
 
 
 def abort(message: str) -> NoReturn:

@@ -9,6 +9,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 import jax
 import pytest
 
+pytest_plugins = ["tests.buckets"]
+
 jax.config.update("jax_default_matmul_precision", "highest")
 # Programs compile in half the time: tests are about what is computed, not about how fast.
 jax.config.update("jax_disable_most_optimizations", True)

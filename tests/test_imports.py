@@ -15,21 +15,23 @@ MAY_IMPORT = {
     "typing": set(),
     "partitioning": set(),
     "processes": set(),
+    "storage": set(),
     "diffusion": {"typing"},
     "memory": {"typing", "partitioning", "diffusion"},
     "models": {"typing", "partitioning"},
-    "checkpoints": {"typing", "processes", "models"},
-    "data": {"typing"},
+    "checkpoints": {"typing", "processes", "storage", "models"},
+    "data": {"typing", "storage"},
     "training": {
         "typing",
         "partitioning",
         "processes",
+        "storage",
         "diffusion",
         "memory",
         "checkpoints",
         "data",
     },
-    "evaluation": {"typing", "processes", "diffusion", "memory", "models", "data"},
+    "evaluation": {"typing", "processes", "storage", "diffusion", "memory", "models", "data"},
 }
 # A config arrives as frozen dataclasses; PyTorch and TensorFlow are no dependencies.
 NEVER = {"experiments", "absl", "ml_collections", "torch", "tensorflow"}

@@ -11,7 +11,7 @@ like change them.
 
 from ml_collections import config_dict
 
-from experiments import _decode, _memory
+from experiments import _decode, _memory, _model
 
 
 def get_config(sampler: str = "") -> config_dict.ConfigDict:
@@ -30,6 +30,8 @@ def get_config(sampler: str = "") -> config_dict.ConfigDict:
         config.decode = _decode.settings(sampler)
     else:
         config.decode = _decode.settings(length=32, block_length=8, steps=0)
+
+    config.distributed = _model.distributed_defaults()  # Must stay as it is: one process.
 
     # None: as the model was trained.
     config.memory = _memory.changes()

@@ -12,7 +12,7 @@ them.
 
 from ml_collections import config_dict
 
-from experiments import _decode, _memory
+from experiments import _decode, _memory, _model
 
 
 def get_config(sampler: str = "") -> config_dict.ConfigDict:
@@ -37,6 +37,8 @@ def get_config(sampler: str = "") -> config_dict.ConfigDict:
         config.decode = _decode.settings(sampler)
     else:
         config.decode = _decode.settings(length=32, block_length=8, steps=0)
+
+    config.distributed = _model.distributed_defaults()
 
     # None: as the model was trained.
     config.memory = _memory.changes()

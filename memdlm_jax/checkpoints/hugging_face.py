@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save_file
 
+from memdlm_jax import storage
 from memdlm_jax.checkpoints import families, hub, peft, weights
 from memdlm_jax.checkpoints.families import Entry
-from memdlm_jax.checkpoints.folders import read_json, replacing
+from memdlm_jax.checkpoints.folders import read_json
 from memdlm_jax.checkpoints.weights import INDEX, WEIGHTS, Stored
 from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.typing import Theta
@@ -48,7 +49,7 @@ def load(
     piece_bytes: int = PIECE_BYTES,
     **changes: Any,
 ) -> tuple[Transformer, Theta]:
-    """Load a published model, or a PEFT adapter and the model under it, from local folders.
+    """Load a published model, or a PEFT adapter and the model under it.
 
     Args:
         folder: holds ``config.json`` and one ``model.safetensors``, or shards with
@@ -70,7 +71,7 @@ def load(
         ValueError: if the architecture or a setting is not supported, or if tensors are missing,
             unexpected, misshapen or of another dtype (all of them are listed).
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype or dtype)):
         if value not in DTYPES:
             raise ValueError(f"{name}={value!r} must be one of {DTYPES}")
@@ -96,7 +97,7 @@ def load(
 
 def is_adapter(folder: str | Path) -> bool:
     """Whether a folder holds a PEFT adapter instead of a whole model."""
-    return (Path(folder) / peft.CONFIG).exists()
+    return (storage.path(folder) / peft.CONFIG).exists()
 
 
 def base_of(folder: str | Path, base: str | Path | None = None) -> Path:
@@ -109,9 +110,9 @@ def base_of(folder: str | Path, base: str | Path | None = None) -> Path:
         FileNotFoundError: there is no such folder.
     """
     if not is_adapter(folder):
-        return Path(folder)
-    name = Path(hub.local(str(base or peft.base_of(folder))))
-    for found in (name, Path(folder) / name):
+        return storage.path(folder)
+    name = storage.path(hub.local(str(base or peft.base_of(folder))))
+    for found in (name, storage.path(folder) / name):
         if (found / "config.json").exists():
             return found
     raise FileNotFoundError(
@@ -272,10 +273,10 @@ def save(
     Raises:
         ValueError: a leaf of theta is quantised or carries an adapter.
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     require_arrays(theta)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = read_json(Path(like) / "config.json") if like else {}
+    kept = read_json(storage.path(like) / "config.json") if like else {}
     dtype = theta["embedding"].dtype.name
     config = kept | families.published_config(denoiser, dtype)
     if "dtype" in kept:
@@ -321,12 +322,12 @@ def _write(folder: Path, shards: list[list[Entry]], flat: Mapping, config: str) 
     with contextlib.ExitStack() as stack:
         for name, entries in zip(names, shards, strict=True):
             tensors = {entry.name: _published(flat, entry) for entry in entries}
-            file = stack.enter_context(replacing(folder / name))
+            file = stack.enter_context(storage.replacing(folder / name))
             save_file(tensors, file, metadata={"format": "pt"})
         if count > 1:
-            index = stack.enter_context(replacing(folder / INDEX))
+            index = stack.enter_context(storage.replacing(folder / INDEX))
             index.write_text(_index(dict(zip(names, shards, strict=True)), flat))
-        stack.enter_context(replacing(folder / "config.json")).write_text(config)
+        stack.enter_context(storage.replacing(folder / "config.json")).write_text(config)
     if count == 1:
         (folder / INDEX).unlink(missing_ok=True)
     for name in stale:
@@ -377,7 +378,7 @@ def weights_digest(folder: str | Path, base: str | Path | None = None) -> str:
     digest = hashlib.sha256()
     files = weights.files(base_of(folder, base))
     if is_adapter(folder):
-        files += [Path(folder) / name for name in (peft.CONFIG, peft.WEIGHTS)]
+        files += [storage.path(folder) / name for name in (peft.CONFIG, peft.WEIGHTS)]
     for file in files:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())

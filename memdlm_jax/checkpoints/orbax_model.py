@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
+from memdlm_jax import storage
 from memdlm_jax.checkpoints import families, hugging_face
-from memdlm_jax.checkpoints.folders import read_json, replacing
+from memdlm_jax.checkpoints.folders import read_json
 from memdlm_jax.checkpoints.hugging_face import Sharding
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from memdlm_jax.checkpoints.trees import named
@@ -24,7 +25,7 @@ ARRAYS = "orbax"
 
 def is_orbax(folder: str | Path) -> bool:
     """Whether a folder is what ``save`` writes."""
-    return (Path(folder) / ARRAYS).is_dir()
+    return (storage.path(folder) / ARRAYS).is_dir()
 
 
 def save(
@@ -42,7 +43,7 @@ def save(
         FileExistsError: there is a model already.
         ValueError: a leaf of theta is quantised or carries an adapter, or dtypes differ.
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     if is_orbax(folder):
         raise FileExistsError(f"{folder / ARRAYS} exists; remove it or choose another folder")
     hugging_face.require_arrays(theta)
@@ -53,9 +54,9 @@ def save(
     with contextlib.closing(TrainingCheckpoints(folder / ARRAYS, {}, keep_last=1)) as arrays:
         arrays.save(0, theta, position=0)
         arrays.wait()
-    kept = read_json(Path(like) / "config.json") if like else {}
+    kept = read_json(storage.path(like) / "config.json") if like else {}
     published = kept | families.published_config(denoiser, dtypes.pop())
-    with replacing(folder / "config.json") as file:
+    with storage.replacing(folder / "config.json") as file:
         file.write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
 
 
@@ -79,7 +80,7 @@ def load(
         CorruptCheckpoint: an array is not what was written.
         ConfigMismatch: the arrays are not those of ``config.json``.
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     config = folder / "config.json"
     published = read_json(config)
     if not is_orbax(folder):

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from memdlm_jax.checkpoints import families, weights
+from memdlm_jax import storage
+from memdlm_jax.checkpoints import families, folders, weights
 from memdlm_jax.checkpoints.families import Entry
-from memdlm_jax.checkpoints.folders import read_json, replacing
 from memdlm_jax.checkpoints.weights import Stored
 from memdlm_jax.models.lora import Adapted, LoraConfig, kernels
 from memdlm_jax.models.transformer import Transformer
@@ -100,8 +100,8 @@ def load(folder: str | Path, denoiser: Transformer, theta: Theta) -> tuple[Theta
         ValueError: settings that we do not compute, unknown keys, misshapen tensors, matrices
             without their partner, scales that differ within a stack (all are listed).
     """
-    folder = Path(folder)
-    settings = read_json(_file(folder, CONFIG))
+    folder = storage.path(folder)
+    settings = folders.read_json(_file(folder, CONFIG))
     found = weights.contents([_file(folder, WEIGHTS)])
     flat = dict(flax.traverse_util.flatten_dict(merged(theta), sep="/"))
     modules = _weight_entries(denoiser)
@@ -128,8 +128,8 @@ def config_of(folder: str | Path) -> LoraConfig:
         FileNotFoundError: there is no ``adapter_config.json``.
         ValueError: settings that we do not compute, or malformed ones (all are listed).
     """
-    settings = read_json(_file(Path(folder), CONFIG))
-    _refuse(Path(folder), [*_unsupported(settings), *_malformed(settings)])
+    settings = folders.read_json(_file(storage.path(folder), CONFIG))
+    _refuse(storage.path(folder), [*_unsupported(settings), *_malformed(settings)])
     return _config(settings)
 
 
@@ -140,7 +140,7 @@ def base_of(folder: str | Path) -> str:
         FileNotFoundError: there is no ``adapter_config.json``.
         ValueError: it names no model.
     """
-    name = read_json(_file(Path(folder), CONFIG)).get("base_model_name_or_path")
+    name = folders.read_json(_file(storage.path(folder), CONFIG)).get("base_model_name_or_path")
     if not (name and isinstance(name, str)):
         raise ValueError(f"{folder}: base_model_name_or_path={name!r} must name the model below")
     return name
@@ -335,10 +335,10 @@ def save(
         "target_modules": _suffixes(ranks, _every_module(denoiser)),
         "use_rslora": config.use_rslora,
     }
-    folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    folder, text = storage.path(folder), json.dumps(settings, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / CONFIG) as file, replacing(folder / WEIGHTS) as weights_file:
-        save_file(tensors, weights_file, metadata={"format": "pt"})
+    with storage.replacing(folder / CONFIG) as file, storage.replacing(folder / WEIGHTS) as data:
+        save_file(tensors, data, metadata={"format": "pt"})
         file.write_text(text, encoding="utf-8")
 
 

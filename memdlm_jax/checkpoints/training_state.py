@@ -19,7 +19,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from memdlm_jax import processes
+from memdlm_jax import processes, storage
+from memdlm_jax.checkpoints import digests
 from memdlm_jax.checkpoints.trees import named
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class TrainingCheckpoints:
         """
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be at least 1")
-        self.folder = Path(folder).absolute()
+        self.folder = storage.for_arrays(folder)
         self.config = json.loads(json.dumps(dict(config), sort_keys=True))
         self._keep_last = keep_last
         self._manager = self._open()
@@ -190,7 +191,8 @@ class TrainingCheckpoints:
         with _corrupt_for_all():
             state = self._manager.restore(step, args=arguments)["state"]
         for name, leaf in named(state).items():
-            if _describe(leaf) != notes["arrays"][name]:
+            saved = notes["arrays"][name]
+            if _describe(leaf, next(kind for kind in _DIGESTS if kind in saved)) != saved:
                 raise CorruptCheckpoint(f"the digest of array {name} is not the one saved")
         return Restored(step, state, notes["position"], notes["extra"])
 
@@ -250,11 +252,13 @@ class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
-def _describe(leaf: jax.Array) -> dict[str, Json]:
-    content = processes.whole(leaf)
-    as_bytes: Any = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
-    digest = hashlib.sha256(as_bytes).hexdigest()
-    return {"shape": list(content.shape), "dtype": str(content.dtype), "sha256": digest}
+_DIGESTS = {"digest": digests.digest, "sha256": digests.sha256}
+"""Name in the notes -> what computes it; the last is what older checkpoints have."""
+
+
+def _describe(leaf: Any, kind: str = "digest") -> dict[str, Json]:
+    shape, dtype = list(np.shape(leaf)), str(leaf.dtype)
+    return {"shape": shape, "dtype": dtype, kind: _DIGESTS[kind](leaf)}
 
 
 def _json_digest(value: Json) -> str:
@@ -274,7 +278,7 @@ def _check_arrays(step: int, saved: dict[str, Json], template: Any) -> None:
         for name, leaf in named(template).items()
     }
     for name in sorted(saved.keys() | expected.keys()):
-        old = {k: v for k, v in saved.get(name, {}).items() if k != "sha256"}
+        old = {k: v for k, v in saved.get(name, {}).items() if k not in _DIGESTS}
         new = expected.get(name, {})
         if old != new:
             raise ConfigMismatch(

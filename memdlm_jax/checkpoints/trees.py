@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import safetensors
 from safetensors.flax import save_file
 
+from memdlm_jax import storage
+
 
 def save(path: str | Path, tree: Any) -> None:
     """Write the tree's leaves, each in its own dtype; replaces the file."""
-    temporary = Path(path).with_suffix(".tmp")
-    save_file({name: jnp.asarray(leaf) for name, leaf in named(tree).items()}, temporary)
-    temporary.replace(path)
+    with storage.replacing(storage.path(path)) as file:
+        save_file({name: jnp.asarray(leaf) for name, leaf in named(tree).items()}, file)
 
 
 def load(path: str | Path, template: Any) -> Any:
@@ -29,7 +30,10 @@ def load(path: str | Path, template: Any) -> Any:
         ValueError: it is no safetensors file, or names, shapes or dtypes differ; lists all.
     """
     try:
-        with safetensors.safe_open(path, framework="flax") as file:
+        with (
+            storage.on_disk(path) as local,
+            safetensors.safe_open(local, framework="flax") as file,
+        ):
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error

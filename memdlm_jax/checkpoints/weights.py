@@ -4,8 +4,10 @@ Files are read with plain ``read`` calls and not mapped into memory: pages of a 
 memory of the process until the system takes them back, which would double the peak of a load.
 """
 
+import contextlib
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+
+from memdlm_jax import storage
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
@@ -61,8 +65,11 @@ class Stored:
             file.seek(self.start)
             for first in range(0, length, step):
                 rows = min(step, length - first)
-                content = np.fromfile(file, dtype, rows * math.prod(inner))
-                yield first, content.reshape((rows, *inner) if self.shape else ())
+                content = np.empty((rows, *inner) if self.shape else (), dtype)
+                # As bytes, since buffers do not know bfloat16.
+                if file.readinto(content.reshape(-1).view(np.uint8).data) < content.nbytes:
+                    raise ValueError(f"{self.file} ends within a tensor: it is not whole")
+                yield first, content
 
     def read(self) -> np.ndarray:
         """The whole tensor."""
@@ -124,10 +131,24 @@ def contents(paths: Sequence[Path]) -> dict[str, Stored]:
     return found
 
 
+@contextlib.contextmanager
+def _outline(path: Path) -> Iterator[Path]:
+    """The file, or for one in a bucket a file on a disk with its size and header and no more."""
+    if not storage.is_remote(path):
+        yield path
+        return
+    with path.open("rb") as file, tempfile.NamedTemporaryFile() as outline:
+        start = file.read(8)
+        outline.write(start + file.read(int.from_bytes(start, "little")))
+        outline.truncate(max(outline.tell(), storage.size(path)))
+        outline.flush()
+        yield Path(outline.name)
+
+
 def _contents(path: Path) -> dict[str, Stored]:
     try:
         # The library checks the header against the size of the file; offsets it keeps to itself.
-        with safetensors.safe_open(path, framework="numpy"):
+        with _outline(path) as outline, safetensors.safe_open(outline, framework="numpy"):
             pass
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error

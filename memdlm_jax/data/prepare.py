@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Int
 
+from memdlm_jax import storage
 from memdlm_jax.data import sources
 from memdlm_jax.data.builder import RowReader, write_rows
 from memdlm_jax.data.example import Example
@@ -159,8 +161,10 @@ def prepare(config: DataConfig) -> PreparedData:
     prints = [_fingerprint(source) for source in config.sources]
     tokenizer = _tokenizer(config, prints)
     content = [dataclasses.asdict(config.encode), tokenizer.digest(), config.seed, prints]
-    final = Path(config.directory) / f"rows-{_digest(content)}"
-    if not final.exists():
+    final = storage.path(config.directory) / f"rows-{_digest(content)}"
+    if storage.is_remote(final):
+        _prepare_in_bucket(config, tokenizer, final)
+    elif not final.exists():
         unfinished = final.with_name(f".{final.name}-{os.getpid()}")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
@@ -171,20 +175,31 @@ def prepare(config: DataConfig) -> PreparedData:
     return load_prepared(final, config.tokenizer_digest)
 
 
+def _prepare_in_bucket(config: DataConfig, tokenizer: Tokenizer, final: Path) -> None:
+    """Write rows on a disk and copy them, the summary last: rows with it are complete."""
+    if (final / "summary.json").exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        _write(config, tokenizer, Path(folder) / final.name)
+        storage.copy_folder(Path(folder) / final.name, final, last="summary.json")
+
+
 def load_prepared(directory: str | Path, tokenizer_digest: str = "") -> PreparedData:
     """Open rows that ``prepare`` has written.
 
     Args:
-        directory: ``PreparedData.directory``.
+        directory: ``PreparedData.directory``; in a bucket it is copied to a temporary folder of
+            this process, since rows are read at random.
         tokenizer_digest: what the tokenizer's digest has to be; empty accepts any.
 
     Raises:
         FileNotFoundError: there are no rows.
         ValueError: the tokenizer is not the one that made the rows, or not the one asked for.
     """
-    directory = Path(directory)
+    directory = storage.path(directory)
     if not (directory / "summary.json").is_file():
         raise FileNotFoundError(f"no prepared data in {directory}")
+    directory = storage.fetched(directory)
     summary = json.loads((directory / "summary.json").read_text())
     if tokenizer_digest not in ("", summary["tokenizer_digest"]):
         raise ValueError(
@@ -272,14 +287,14 @@ def _tokenizer(config: DataConfig, prints: list[Any]) -> Tokenizer:
     if config.tokenizer:
         return Tokenizer.load(config.tokenizer, digest=config.tokenizer_digest)
     name = f"tokenizer-{_digest([config.vocab_size, prints])}.json"
-    path = Path(config.directory) / name
+    path = storage.path(config.directory) / name
     if not path.is_file():
         trained = train_tokenizer(
             itertools.chain.from_iterable(map(_training_text, config.sources)), config.vocab_size
         )
-        unfinished = path.with_name(f".{name}-{os.getpid()}")
-        trained.save(unfinished)
-        unfinished.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with storage.replacing(path) as unfinished:
+            trained.save(unfinished)
     return Tokenizer.load(path, digest=config.tokenizer_digest)
 
 
@@ -299,7 +314,7 @@ def _training_text(source: SourceConfig) -> Iterable[str]:
 def _fingerprint(source: SourceConfig) -> list[Any]:
     """What a source's rows depend on: its settings and the content behind them, not its place."""
     if source.path:
-        content = _content(Path(source.path))
+        content = _content(storage.path(source.path))
     else:
         content = [
             f"{name} {installed_version(name)}" for name in ("chitchat-dataset", "wonderwords")
@@ -314,7 +329,7 @@ def _content(path: Path) -> list[str]:
     if path.is_file():
         files, root = [path], path.parent
     elif path.is_dir():
-        files, root = sorted(p for p in path.rglob("*") if p.is_file()), path
+        files, root = storage.files_below(path), path
     else:
         raise FileNotFoundError(f"path={str(path)!r} of a data source is not there")
     return [f"{f.relative_to(root)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files]

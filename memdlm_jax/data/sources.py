@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from memdlm_jax import storage
 from memdlm_jax.data.example import Example, Message
 from memdlm_jax.data.needles import NeedleTask
 from memdlm_jax.data.text import Split, one_space, split_sentences, stable_split
@@ -103,12 +104,13 @@ def jsonl_examples(path: str | Path, split: Split | None) -> Iterator[Example]:
         FileNotFoundError: no such file.
         ValueError: a line is no JSON object or a field is missing or wrong; names file and line.
     """
-    if not Path(path).is_file():
+    path = storage.path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no JSON-lines file at {path}")
-    with open(path, encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                found = _examples_of_line(line, f"{path}:{number}", Path(path).name)
+                found = _examples_of_line(line, f"{path}:{number}", path.name)
                 yield from (e for e in found if split is None or split_of(e.group) == split)
 
 
@@ -124,11 +126,12 @@ def text_sections(path: str | Path) -> Iterator[tuple[str, list[str]]]:
     Raises:
         FileNotFoundError: no such folder, or no text file in it.
     """
-    files = sorted(p for p in Path(path).rglob("*") if p.suffix in _TEXT_SUFFIXES)
+    path = storage.path(path)
+    files = [file for file in storage.files_below(path) if file.suffix in _TEXT_SUFFIXES]
     if not files:
         raise FileNotFoundError(f"no {', '.join(_TEXT_SUFFIXES)} file in the folder {path}")
     for file in files:
-        sentences = split_sentences(file.read_text(encoding="utf-8", errors="replace"))
+        sentences = split_sentences(storage.read_text(file, errors="replace"))
         for start in range(0, len(sentences), SECTION_SENTENCES):
             group = f"{file.relative_to(path)}#{start // SECTION_SENTENCES}"
             yield group, sentences[start : start + SECTION_SENTENCES]

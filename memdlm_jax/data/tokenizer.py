@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from memdlm_jax import storage
 from memdlm_jax.data import tokenizer_files
 from memdlm_jax.data.chat import ChatMessages, ChatTemplate, hide, split_hidden
 from memdlm_jax.data.example import TURN_TOKENS
@@ -195,14 +196,14 @@ class Tokenizer:
         Raises:
             ValueError: something is to be written beside a file that is not ``tokenizer.json``.
         """
-        path, beside = Path(path), self.special != OUR_TOKENS or self.chat is not None
+        path, beside = storage.path(path), self.special != OUR_TOKENS or self.chat is not None
         if beside and path.name != "tokenizer.json":
             raise ValueError(
                 f"path={str(path)!r} must end in tokenizer.json: its special tokens and chat "
                 "template are kept beside it"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(path), pretty=False)
+        path.write_text(self._backend.to_str(pretty=False), encoding="utf-8")
         if beside:
             config = tokenizer_files.config_to_save(self.special, self.chat)
             text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)

@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from memdlm_jax import storage
 from memdlm_jax.data import chat
 
 _QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer")
@@ -101,7 +102,7 @@ def read(path: str | Path) -> TokenizerFiles:
         FileNotFoundError: there is no tokenizer.
         ValueError: a file is not what its name says, or ids of added tokens disagree.
     """
-    path = Path(path)
+    path = storage.path(path)
     if path.is_file() and path.name != "tokenizer.json":
         return TokenizerFiles(path, _backend_of_file(path))
     folder = path.parent if path.name == "tokenizer.json" else path
@@ -221,7 +222,7 @@ def _not_found(files: TokenizerFiles, name: str) -> ValueError:
 def _backend_of_file(path: Path) -> tokenizers.Tokenizer:
     """A ``tokenizer.json``."""
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
 
@@ -235,7 +236,11 @@ def _qwen2_backend(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokeni
             "vocab.json and merges.txt do not say how text is split; give a tokenizer.json"
         )
     try:
-        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        with (
+            storage.on_disk(folder / "vocab.json") as vocabulary,
+            storage.on_disk(folder / "merges.txt") as merges,
+        ):
+            model = models.BPE.from_file(str(vocabulary), str(merges))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{folder} has no byte-level BPE in vocab.json: {error}") from error
     backend = tokenizers.Tokenizer(model)

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from memdlm_jax import storage
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion import decode
 from memdlm_jax.diffusion.decode import Decoded
@@ -216,15 +217,8 @@ def gif(
     images = (sheet.draw(s).quantize(palette=palette, dither=Image.Dither.NONE) for s in steps)
     times = [frame_ms] * (len(steps) - 1) + [last_ms]
     # In full before it is put there: what cannot be drawn leaves an older file as it was.
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        next(images).save(
-            temporary, "GIF", save_all=True, append_images=images, duration=times, loop=0
-        )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with storage.replacing(storage.path(path)) as file:
+        next(images).save(file, "GIF", save_all=True, append_images=images, duration=times, loop=0)
 
 
 def _palette(images: Sequence[Image.Image]) -> Image.Image:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from memdlm_jax import processes
+from memdlm_jax import processes, storage
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.samplers import DecodeConfig
@@ -47,10 +47,11 @@ class Answers:
                 files.
         """
         self.path = None
+        self._own = ""
         self._found: dict[str, dict[str, Any]] = {}
         if path is None:
             return
-        first = Path(path)
+        first = storage.path(path)
         own = f"-{jax.process_index()}" if processes.several() and not processes.is_first() else ""
         self.path = first.with_stem(first.stem + own)
         for file in (first, *sorted(first.parent.glob(f"{first.stem}-*{first.suffix}"))):
@@ -76,8 +77,10 @@ class Answers:
                     f"{file}:{number} is no answer that was written here: {error!r}; remove "
                     "the file, or give another output"
                 ) from error
-        if len(whole) < len(data) and file == self.path:
-            file.write_bytes(whole)
+        if file == self.path:
+            self._own = whole.decode("utf-8") if storage.is_remote(file) else ""
+            if len(whole) < len(data):
+                file.write_bytes(whole)
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a record of this key."""
@@ -93,9 +96,18 @@ class Answers:
         # As they will be read back.
         self._found.update({record["key"]: record for record in map(json.loads, lines)})
         if write and self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in lines)
+            self._append("".join(line + "\n" for line in lines))
+
+    def _append(self, text: str) -> None:
+        """Add whole lines to the file of this process; in a bucket it is written anew."""
+        assert self.path is not None
+        if storage.is_remote(self.path):
+            self._own += text
+            self.path.write_text(self._own, encoding="utf-8")
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from memdlm_jax import storage
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.filler import Filler, Piece
 from memdlm_jax.data.needles import string_match_all
@@ -320,7 +321,7 @@ def load_folder(
     """
     check_choice("task", task, TASKS)
     check_choice("template", template, get_args(Template))
-    file = _find(Path(path), task, length)
+    file = _find(storage.path(path), task, length)
     return [_loaded(fields, place, task, template) for place, fields in _rows(file)]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from memdlm_jax import storage
+
 Curve = Sequence[Mapping[str, float | None]]
 """Records of one run, each with ``step`` and the losses that were measured then."""
 
@@ -27,7 +29,7 @@ def read_curve(metrics_file: str | Path) -> list[dict[str, float | None]]:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    lines = Path(metrics_file).read_text().splitlines()
+    lines = storage.path(metrics_file).read_text().splitlines()
     wanted = ("step", *SERIES)
     return [{k: v for k, v in json.loads(line).items() if k in wanted} for line in lines]
 

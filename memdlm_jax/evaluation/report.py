@@ -2,13 +2,13 @@
 
 import importlib.resources
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from memdlm_jax import storage
 from memdlm_jax.evaluation import figures, retrieval
 
 PARTS = ("needles", "tasks", "likelihood", "exposure", "retrieval", "curves", "samples", "history")
@@ -31,7 +31,7 @@ def write(folder: str | Path, results: Mapping[str, Any]) -> Path:
             ``figures.read_curve``), ``samples`` (``samples.sample_replies``) and ``history``
             (``samples.denoising_history``).
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Rendered first: a failure leaves an older pair of files as it was.
     page = render(results)
@@ -41,9 +41,8 @@ def write(folder: str | Path, results: Mapping[str, Any]) -> Path:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with storage.replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def render(results: Mapping[str, Any]) -> str:

@@ -162,7 +162,8 @@ def batches(
         phi: a memory that was written before, of one group, for all prompts; none is written.
         record: keep the window after every step.
         numbers: of the prompts, which their draws hang on; ``None`` counts them.
-        width: columns that prompts are padded to, at least; calls of one width share a compilation.
+        width: columns that prompts are padded to, at least; calls of one width share a compilation,
+            and what is written into memory in pieces is cut alike in all of them.
 
     Yields:
         ``Decoded`` with numpy leaves [rows, config.length].
@@ -174,8 +175,8 @@ def batches(
     check_tokens(system.denoiser, prompts, config)
     longest = max(map(len, prompts), default=0)
     context = None
-    if longest > room:
-        chunk = system.memory.prompt_chunk if system.memory else 0
+    chunk = system.memory.prompt_chunk if system.memory else 0
+    if longest > room or (chunk and width > room):
         if not chunk:
             raise ValueError(
                 f"the longest prompt has {longest} tokens; it must have at most {room} "
@@ -185,7 +186,7 @@ def batches(
         if chunk > max_length:
             raise ValueError(f"memory.prompt_chunk={chunk} must be at most max_length={max_length}")
         if phi is None:
-            context = canvas.pad_left(prompts, rounded(longest), pad_token_id)
+            context = canvas.pad_left(prompts, rounded(max(longest, width)), pad_token_id)
         prompts = [prompt[-room:] for prompt in prompts]
         longest = room
     columns = min(room, rounded(max(longest, width)))

@@ -5,13 +5,12 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import tqdm
 
-from memdlm_jax import processes
+from memdlm_jax import processes, storage
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from memdlm_jax.training import feed
 from memdlm_jax.training.feed import Batches
@@ -68,6 +67,10 @@ class TrainConfig:
     def __post_init__(self):
         if not self.output:
             raise ValueError("train.output='' must name a folder")
+        try:
+            storage.for_arrays(self.output)
+        except ValueError as error:
+            raise ValueError(f"train.output: {error}") from error
         for field in ("steps", "log_every", "save_every", "keep_last"):
             self._at_least(field, 1)
         for field in ("seed", "validation_seed", "validate_every", "profile_steps", "peak_flops"):
@@ -137,6 +140,8 @@ def run(
     """
     with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
         steps = CompiledSteps(setup, feed.capacity_for(data, validation), frozen, mesh)
+        for note in steps.undivided(state.theta):
+            logger.info("%s", note)
         progress = _restored(checkpoints, steps.place(state))
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
             loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)
@@ -175,7 +180,7 @@ def _checkpoints(config, setup, validation, identity) -> TrainingCheckpoints:
         "train.validation_seed": config.validation_seed,
         "validation.batches": feed.batches_digest(validation),
     }
-    folder = Path(config.output) / "checkpoints"
+    folder = storage.path(config.output) / "checkpoints"
     return TrainingCheckpoints(folder, same | dict(identity or {}), config.keep_last)
 
 
@@ -323,6 +328,7 @@ class _Loop:
 
     def _save(self, loss: float | None = None) -> None:
         self._checked()
+        self.writer.publish()  # A resumed run finds the lines up to its step.
         p = self.progress
         best = None if p.best_step is None else [p.best_step, p.best_loss]
         self.checkpoints.save(p.step, p.state, position=p.step, loss=loss, extra={"best": best})

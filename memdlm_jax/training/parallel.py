@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from memdlm_jax import partitioning
 from memdlm_jax.training import flops, step
-from memdlm_jax.training.sharding import Layout, MeshConfig
+from memdlm_jax.training.sharding import Layout, MeshConfig, Whole
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import Metrics, StepSetup, Sums
 from memdlm_jax.typing import Batch, Denoiser, Key, Theta
@@ -205,6 +205,15 @@ class CompiledSteps:
     def place(self, state: Any) -> Any:
         """Put a pytree on all devices: a whole copy on each, or on a mesh each its share."""
         return self._way.place(state)
+
+    def undivided(self, theta: Theta) -> list[Whole]:
+        """Dimensions of trained and frozen parameters that no device has less than all of.
+
+        Only those for which the mesh has an axis, see ``Layout.whole``.
+        """
+        if not isinstance(self._way, _OnMesh):
+            return []
+        return [note for tree in (theta, self._frozen) for note in self._way.layout.whole(tree)]
 
     def put(self, batch: Batch) -> Placed:
         """Start to move a batch of host arrays [b, l] to the devices; waits for nothing.

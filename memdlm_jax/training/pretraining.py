@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memdlm_jax import storage
 from memdlm_jax.data import sources
 from memdlm_jax.data.pretraining import (
     ANSWER_SLOTS,
@@ -47,7 +48,7 @@ def corrupt(schedule: LinearSchedule) -> Callable[[Key, Batch], tuple[jax.Array,
 
 def tokenizer_at(path: str | Path, vocab_size: int) -> Tokenizer:
     """Load the tokenizer at ``path``, or train one on the corpus and store it there."""
-    if Path(path).exists():
+    if storage.path(path).exists():
         return Tokenizer.load(path)
     logger.info("training a tokenizer of %d entries", vocab_size)
     tokenizer = train_tokenizer(tokenizer_text(), vocab_size)

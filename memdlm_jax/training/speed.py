@@ -1,11 +1,14 @@
 """How fast training goes, and a profiler trace of it."""
 
 import contextlib
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import jax
 
+from memdlm_jax import storage
 from memdlm_jax.training.parallel import CompiledSteps
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.typing import Batch
@@ -75,7 +78,7 @@ class Trace(contextlib.AbstractContextManager):
 
     def __init__(self, folder: str | Path, start: int, steps: int):
         """Plan to record ``steps`` steps into ``folder/profile``; 0 records nothing."""
-        self._folder = str(Path(folder) / "profile")
+        self._folder = storage.path(folder) / "profile"
         self._first = start + 2
         self._last = self._first + steps if steps else -1
         self._running = False
@@ -84,7 +87,8 @@ class Trace(contextlib.AbstractContextManager):
         """Start or stop if it is time; waits for the device only then."""
         if step == self._first and self._last > 0:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder)
+            self._local = tempfile.mkdtemp() if storage.is_remote(self._folder) else None
+            jax.profiler.start_trace(self._local or str(self._folder))
             self._running = True
         elif self._running and step >= self._last:
             jax.block_until_ready(state)
@@ -94,4 +98,7 @@ class Trace(contextlib.AbstractContextManager):
         """Stop if still recording."""
         if self._running:
             jax.profiler.stop_trace()
+            if self._local is not None:
+                storage.copy_folder(Path(self._local), self._folder)
+                shutil.rmtree(self._local)
         self._running = False

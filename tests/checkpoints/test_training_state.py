@@ -1,5 +1,7 @@
 """The training state on disk: what comes back is what was written, or an error says why not."""
 
+import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memdlm_jax.checkpoints import training_state
 from memdlm_jax.checkpoints.training_state import (
     ConfigMismatch,
     CorruptCheckpoint,
@@ -68,6 +71,21 @@ def test_what_comes_back_is_what_was_saved(opened):
     assert (restored.step, restored.position, restored.extra) == (2, 20, {"note": 2})
     jax.tree.map(np.testing.assert_array_equal, restored.state, state(2))
     assert restored.state["narrow"].dtype == jnp.bfloat16
+
+
+def test_older_checkpoints_are_read_and_verified(opened, monkeypatch):
+    """They have a sha256 of each array's bytes in the place of the digest."""
+    monkeypatch.setattr(training_state._describe, "__defaults__", ("sha256",))
+    checkpoints = saved(opened, 1, 2)
+    monkeypatch.undo()
+    known = hashlib.sha256(np.asarray(state(2)["wide"]).tobytes()).hexdigest()
+    notes = json.loads(next((checkpoints.folder / "2" / "notes").iterdir()).read_text())
+    assert notes["notes"]["arrays"]["wide"]["sha256"] == known
+    assert "digest" not in notes["notes"]["arrays"]["wide"]
+    jax.tree.map(np.testing.assert_array_equal, opened().restore(2, state(0)).state, state(2))
+    flip(files_of(checkpoints, 2)[-1])
+    with pytest.raises(CorruptCheckpoint, match="digest of array"):
+        opened().restore(2, state(0))
 
 
 def test_an_empty_folder_restores_nothing(opened):

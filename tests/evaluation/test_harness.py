@@ -332,6 +332,17 @@ def test_the_command_line(monkeypatch, capsys, tmp_path, toys):
         script.main()
 
 
+def test_the_section_of_several_processes_is_taken_out_of_the_command_line():
+    options = ["run", "--config.distributed.num_processes=2", "--tasks", "a",
+        "--config.distributed.coordinator=h:1", "--config.distributed.process_id=1"]  # fmt: skip
+    found, rest = script.distributed(options)
+    assert rest == ["run", "--tasks", "a"] and (found.coordinator, found.process_id) == ("h:1", 1)
+    assert script.distributed(["--config.distributed.auto=True"])[0].auto
+    for wrong, said in (("port=1", "port is no field"), ("process_id=x", "process_id='x' is str")):
+        with pytest.raises(ValueError, match=rf"config\.distributed\.{said}"):
+            script.distributed([f"--config.distributed.{wrong}"])
+
+
 def test_model_arguments():
     given = {"pretrained": "m", "threshold": 0.9, "memory": True, "memory_steps": 4, "seed": 3}
     config, decode, memory = script.parse(given)

@@ -13,7 +13,9 @@ import time
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from memdlm_jax.checkpoints import digests
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.models import lora
@@ -210,16 +212,39 @@ def refusals(check):
         except ValueError as error:
             check(f"refused_{name}", str(error))
     bad = steps_on(MOE.with_config(num_experts=6), None, MeshConfig(2, expert=4))
+    check("undivided", {
+        "mesh": list(map(str, bad.undivided(theta_of(MOE.with_config(num_experts=6))))),
+        "divided": steps.undivided(theta_of(DENSE)), "one": steps_on(DENSE, None).undivided({}),
+    })  # fmt: skip
     try:
         bad.train(bad.place(fresh(MOE.with_config(num_experts=6))), rows(), KEY, True)
     except ValueError as error:
         check("refused_experts", str(error))
 
 
+def digested(check):
+    """Digests of an array that lies in many ways, and the program of one of them."""
+    array = np.random.default_rng(0).normal(size=(16, 8, 6)).astype(np.float32)
+    mesh = MeshConfig(2, 2, 2).build(jax.devices())
+    specs = [
+        (), ("fsdp",), (None, ("data", "tensor")), (("tensor", "data", "fsdp"),),
+        ("data", "fsdp", "tensor"),
+    ]  # fmt: skip
+    places = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
+    found = [digests.digest(jax.device_put(array, place)) for place in places]
+    check("digests", {"one": digests.digest(array), "divided": found})
+    large = jax.ShapeDtypeStruct((64, 256, 1024), np.float32, sharding=places[-1])
+    program = digests._summing(places[-1], 3).lower(large).compile()
+    check("digest_program", {
+        "gathers": "all-gather" in program.as_text(),
+        "temporary": program.memory_analysis().temp_size_in_bytes, "block": digests.BLOCK,
+    })  # fmt: skip
+
+
 def main():
     assert len(jax.devices()) == 8
     check = Checks()
-    for part in (refusals, dense, micro_batches, experts):
+    for part in (digested, refusals, dense, micro_batches, experts):
         part(check)
     print(json.dumps(check.found))
 

@@ -12,11 +12,16 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments import generate
+from experiments.configs import generate as generation
 from memdlm_jax import processes
+from memdlm_jax.checkpoints import digests
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.pipeline import Pipeline, PipelineConfig
 from memdlm_jax.data.sft import Row
@@ -149,6 +154,36 @@ def questions(folder, report=lambda done: None):
     )  # fmt: skip
 
 
+def generated(folder):
+    """The script, with noise and with more prompts than a round of both processes takes."""
+    settings = generation.get_config()
+    settings.update({
+        "model": str(ASSETS), "input": str(folder / "prompts.txt"), "batch_size": 2, "seed": 5,
+        "decode": {"length": 2, "block_length": 1, "steps": 0, "temperature": 1.0},
+        "output": str(folder / "generated.jsonl"),
+    })  # fmt: skip
+    generate.main(generate.from_config_dict(settings))
+
+
+def harness_answers():
+    """What each process of the harness's model returns."""
+    from memdlm_jax.evaluation.harness.model import HarnessModel  # Slow to import.
+
+    denoiser = LLaDA(LLaDAConfig(4096, 16, 1, 2, 1, 32, mask_token_id=1, max_length=64))
+    system = System("mdlm", denoiser, denoiser.init(jax.random.key(3)))
+    model = HarnessModel(
+        system, Tokenizer.load(ASSETS / "tokenizer.json"), max_length=64, batch_size=2,
+        mc_samples=2, decode={"block_length": 1, "steps": 0, "temperature": 1.0},
+    )  # fmt: skip
+    asked = [(f"who {'really ' * (i % 3)}asks?", {"max_gen_toks": 2}) for i in range(5)]
+    scored = [(f"who {i % 3}", f" asks {i}") for i in range(4)]
+    turn = lambda *arguments: SimpleNamespace(args=arguments)  # noqa: E731
+    return {
+        "generate": model.generate_until([turn(*one) for one in asked], True),
+        "score": model.loglikelihood([turn(*one) for one in scored], True),
+    }
+
+
 def measured():
     """Some number of every row, each process measuring its own batches."""
     rows = [Row(np.arange(n, dtype=np.int32), 1) for n in (9, 4, 7, 5, 6)]
@@ -167,6 +202,17 @@ def placed_by_hand():
     return {"rows": steps.rows_here(4).tolist(), "shapes": here, "equal": same}
 
 
+def divided():
+    """Digest and content of an array of which each process has a part."""
+    array = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    mesh = MeshConfig(data=jax.device_count()).build(jax.devices())
+    place = NamedSharding(mesh, PartitionSpec(None, "data"))
+    global_array = jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+    processes._GATHERED_AT_ONCE = 4 * 8 * 4  # four of the six rows
+    same = np.array_equal(processes.whole(global_array), array)
+    return {"digest": digests.digest(global_array), "one": digests.digest(array), "equal": same}
+
+
 def first_job(folder):
     data = Stopping()
     found = {
@@ -175,9 +221,12 @@ def first_job(folder):
         "questions": questions(folder),
         "measured": measured(),
         "placed": placed_by_hand(),
+        "divided": divided(),
+        "harness": harness_answers(),
         "with_memory": step_with_memory(),
     }
     result = train(folder, data)
+    generated(folder)  # From then on SIGTERM ends a process.
     return found | {
         "norm_after_2": norm_after(2, folder, result),
         "step": int(result.state.step), "finished": result.finished, "taken": data.rows.taken

@@ -1,6 +1,8 @@
 """Configs: every mistake is named by its dotted path."""
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any, Literal
 
 import pytest
@@ -166,3 +168,12 @@ def test_steps_given_on_the_command_line_reach_the_schedule():
     config = needles()
     config.train.steps = 7
     assert finetune.from_config_dict(config).optimizer.total_steps == 7
+
+
+def test_several_processes_are_refused_before_they_wait_for_each_other():
+    command = [sys.executable, "-m", "experiments.chat", "--config.distributed.auto=True"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.endswith(
+        "error: config.distributed must be as it is by default: a conversation is held in one "
+        "process; experiments.generate answers prompts in several\n"
+    )

@@ -16,6 +16,7 @@ from memdlm_jax.processes import DistributedConfig, start
 from tests.training import on_processes
 from tests.training.test_loop import flip_a_byte, largest_file
 
+PROMPTS = "".join(f"who {'really ' * (i % 3)}asks {i}?\n" for i in range(7))
 KILLED = -signal.SIGKILL
 
 
@@ -55,6 +56,7 @@ def lines_of(folder):
 def chain(tmp_path_factory, environment):
     """The jobs, one after the other, in one folder."""
     folder = tmp_path_factory.mktemp("chain")
+    (folder / "prompts.txt").write_text(PROMPTS)
     codes, said = launch("first", folder, 2, environment)
     assert codes == [0, 0], "\n".join(text[-3000:] for text in said)
     found = {
@@ -160,6 +162,12 @@ def test_a_row_may_lie_on_several_processes(chain):
 
 
 @pytest.mark.distributed
+def test_a_digest_is_that_of_one_process_and_a_gathered_array_whole(chain):
+    for found in chain["first"]:
+        assert found["divided"]["equal"] and found["divided"]["digest"] == found["divided"]["one"]
+
+
+@pytest.mark.distributed
 def test_what_processes_tell_each_other(chain):
     for found in chain["first"]:
         assert [one["number"] for one in found["gathered"]] == [0, 1]
@@ -183,6 +191,26 @@ def test_questions_and_rows_are_shared_out(chain, tmp_path):
     files[0].unlink()
     told = []
     assert on_processes.questions(folder, told.append) == expected and told == [3, 2]
+
+
+@pytest.mark.distributed
+def test_prompts_are_shared_out_and_the_first_process_writes(chain, tmp_path):
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    on_processes.generated(tmp_path)
+    expected = (tmp_path / "generated.jsonl").read_text()
+    assert [json.loads(x)["prompt"] for x in expected.splitlines()] == PROMPTS.splitlines()
+    assert len({json.loads(x)["reply"] for x in expected.splitlines()}) > 2
+    assert (chain["folder"] / "generated.jsonl").read_text() == expected
+
+
+@pytest.mark.distributed
+def test_the_harness_is_told_the_same_by_all(chain):
+    expected = on_processes.harness_answers()
+    assert len(set(expected["generate"])) > 1
+    for found in chain["first"]:
+        assert found["harness"]["generate"] == expected["generate"]
+        scores = [[score, greedy] for score, greedy in found["harness"]["score"]]
+        np.testing.assert_allclose(scores, expected["score"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

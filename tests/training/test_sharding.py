@@ -206,6 +206,25 @@ def test_a_checkpoint_restores_on_another_mesh(found, way):
 
 
 @pytest.mark.distributed
+def test_a_digest_does_not_depend_on_how_an_array_is_divided(found):
+    assert set(found["digests"]["divided"]) == {found["digests"]["one"]}
+
+
+@pytest.mark.distributed
+def test_a_digest_gathers_nothing(found):
+    """64 MiB, 8 MiB of them on each device: what it needs besides is some blocks of entries."""
+    program = found["digest_program"]
+    assert not program["gathers"] and 0 < program["temporary"] < 9 * 4 * program["block"]
+
+
+@pytest.mark.distributed
+def test_what_is_not_divided_is_told(found):
+    notes = found["undivided"]
+    assert notes["divided"] == notes["one"] == [] and len(notes["mesh"]) == 3
+    assert all("=6 is not divided over mesh.expert" in note for note in notes["mesh"])
+
+
+@pytest.mark.distributed
 def test_moments_lie_with_their_parameters(found):
     assert found["moments_follow"] and found["share_of_kernel"] == 0.5
 

@@ -6,6 +6,8 @@
 """
 
 import dataclasses
+import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from memdlm_jax import processes
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion import canvas
 from memdlm_jax.diffusion.samplers import DecodeConfig
@@ -49,6 +52,7 @@ class HarnessModel(LM):
 
     Every answer and score hangs on the seed and its own request alone (and on how often the very
     same request came before), not on the order of requests, their number, or the batch size.
+    Several processes, all asked the same, share the requests out and all return the same.
     """
 
     def __init__(
@@ -160,18 +164,24 @@ class HarnessModel(LM):
         for i, request in enumerate(asked):
             groups.setdefault((request.config, *self._widths(i, request)), []).append(i)
         answers = [""] * len(asked)
-        order = sorted(groups, key=lambda group: (group[1:], group[0].length))
+        batches = []
+        for group in sorted(groups, key=lambda group: (group[1:], group[0].length)):
+            members = groups[group]
+            size = min(self.batch_size, len(members))
+            for start in range(0, len(members), size):
+                batches.append((*group, size, members[start : start + size]))
+
+        def answer(batch):
+            *how, places = batch
+            return places, self._answer([asked[i] for i in places], *how)
+
+        _check_same([request.args for request in requests])
         with tqdm(total=len(asked), desc="generate_until", disable=disable_tqdm) as bar:
-            for config, shown, written in order:
-                members = groups[config, shown, written]
-                size = min(self.batch_size, len(members))
-                for start in range(0, len(members), size):
-                    places = members[start : start + size]
-                    texts = self._answer([asked[i] for i in places], config, shown, written, size)
-                    for place, text in zip(places, texts, strict=True):
-                        answers[place] = text
-                        self.cache_hook.add_partial("generate_until", requests[place].args, text)
-                    bar.update(len(places))
+            for places, texts in processes.shared_out(batches, answer):
+                for place, text in zip(places, texts, strict=True):
+                    answers[place] = text
+                    self.cache_hook.add_partial("generate_until", requests[place].args, text)
+                bar.update(len(places))
         return answers
 
     def loglikelihood(
@@ -256,11 +266,21 @@ class HarnessModel(LM):
     def _scores(
         self, pairs: Sequence[continuations.Pair], name: str, quiet: bool
     ) -> Iterator[tuple[int, continuations.Score]]:
+        _check_same(pairs)
+        # Processes take turns with contexts: what is written into memory is written by one.
+        turns = {tuple(context): 0 for context, _ in pairs}
+        turns = {context: i % jax.process_count() for i, context in enumerate(turns)}
+        mine = [i for i, (c, _) in enumerate(pairs) if turns[tuple(c)] == jax.process_index()]
         found = continuations.scores(
-            self.system, pairs, self.likelihood, pad_token_id=self.vocabulary.pad_id,
-            max_length=self.max_length, batch_size=self.batch_size,
+            self.system, [pairs[i] for i in mine], self.likelihood,
+            pad_token_id=self.vocabulary.pad_id, max_length=self.max_length,
+            batch_size=self.batch_size,
         )  # fmt: skip
-        return iter(tqdm(found, total=len(pairs), desc=name, disable=quiet))
+        bar = tqdm(found, total=len(mine), desc=name, disable=quiet)
+        own = ((mine[place], one) for place, one in bar)
+        if not processes.several():
+            return own
+        return itertools.chain.from_iterable(processes.gather(list(own)))
 
     def _asked(self, requests: Sequence[Any]) -> Iterator[Request]:
         """The requests, in order."""
@@ -329,3 +349,12 @@ class HarnessModel(LM):
         again = jax.vmap(jax.random.fold_in)(keys, repeats)
         # The first has the keys of ``continuations``: a prompt is written as a context is there.
         return jnp.where(repeats == 0, keys, again)
+
+
+def _check_same(asked: Sequence[Any]) -> None:
+    """Raise ValueError unless all processes are asked the same."""
+    if len(set(processes.gather(hashlib.sha256(repr(asked).encode()).hexdigest()))) > 1:
+        raise ValueError(
+            "the processes are asked different things: they read different tasks, or different "
+            "caches of answers (--use_cache), which must then be removed"
+        )

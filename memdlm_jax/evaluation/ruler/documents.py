@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from memdlm_jax import storage
 from memdlm_jax.evaluation.ruler.fitting import Draft, TokenCounter, shares
 
 _INSTRUCTION = (
@@ -96,10 +97,11 @@ def read_hotpot(path: str | Path) -> QuestionSet:
 
 
 def _read(path: str | Path, parse: Any, form: str) -> QuestionSet:
-    if not Path(path).is_file():
+    path = storage.path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no questions at {path}")
     try:
-        found = parse(json.loads(Path(path).read_text(encoding="utf-8")))
+        found = parse(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no file of {form}: {error!r}") from error
     if not found.questions:
