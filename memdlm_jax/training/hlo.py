@@ -131,16 +131,30 @@ class Collective:
         kind: ``all-gather``, ``all-reduce``, ``reduce-scatter``, ``all-to-all``,
             ``collective-permute`` and so on.
         devices: of a group.
-        crosses_hosts: whether a group has devices of several hosts.
+        on_host: devices of a group on one host, the fewest anywhere; all if it has one host.
         times: how often one runs in a step.
         sent: bytes that a device sends in a step, by the ring algorithm.
     """
 
     kind: str
     devices: int
-    crosses_hosts: bool
+    on_host: int
     times: int
     sent: float
+
+    @property
+    def between_hosts(self) -> float:
+        """Bytes of ``sent`` that go to another host.
+
+        A group makes as many rings as it has devices on a host, each of which leaves the host from
+        another device: that device's neighbour in this ring alone is far away. Where every device
+        sends to every other one, the share is that of the far ones.
+        """
+        if self.on_host == self.devices:
+            return 0.0
+        if "all-to-all" in self.kind:
+            return self.sent * (self.devices - self.on_host) / (self.devices - 1)
+        return self.sent / self.on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +198,7 @@ class Costs:
 def _summed(collectives: tuple[Collective, ...]) -> tuple[Collective, ...]:
     total: dict[tuple, Collective] = {}
     for one in collectives:
-        key = one.kind, one.devices, one.crosses_hosts
+        key = one.kind, one.devices, one.on_host
         old = total.get(key, Collective(*key, 0, 0.0))
         total[key] = dataclasses.replace(old, times=old.times + one.times, sent=old.sent + one.sent)
     return tuple(sorted(total.values(), key=lambda c: -c.sent))
@@ -247,12 +261,12 @@ class _Counter:
             arrays = arrays[len(arrays) // 2 :]
         # TPUs write a reduce-scatter as a fused all-reduce and slice.
         scattered = kind == "all-reduce" and "all-reduce-scatter" in computation
-        devices, crosses = groups_of(one.attributes, self.num_devices, self.per_host)
+        devices, on_host = groups_of(one.attributes, self.num_devices, self.per_host)
         size = sum(array.bytes for array in arrays)
         if scattered:
             kind, size = "reduce-scatter", size / devices
         sent = _SENT[kind](size, devices)
-        return Costs(collectives=(Collective(kind, devices, crosses, 1, sent),) if sent else ())
+        return Costs(collectives=(Collective(kind, devices, on_host, 1, sent),) if sent else ())
 
 
 _SENT = {
