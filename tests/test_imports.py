@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "typing": set(),
     "partitioning": set(),
     "processes": set(),
-    "diffusion": {"typing"},
+    "diffusion": {"typing", "partitioning"},
     "memory": {"typing", "partitioning", "diffusion"},
     "models": {"typing", "partitioning"},
     "checkpoints": {"typing", "processes", "models"},
