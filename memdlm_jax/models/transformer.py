@@ -329,8 +329,8 @@ class Transformer:
             fast = phi if phi is None or len(runs) == 1 else phi.get(run.name)
             inputs = hidden, mask, positions, None if cache is None else cache[run.name]
             if own is not None:
-                stack = theta[run.name], fast, first, last
-                hidden, own[run.name] = cached_layers(self.config, run, *stack, *inputs)
+                some = theta[run.name], fast, first, last
+                hidden, own[run.name] = cached_layers(self.config, run, *some, *inputs)
                 continue
             layers = jax.tree.map(lambda leaf, a=first, b=last: leaf[a:b], theta[run.name])
             variables = {"params": layers} if fast is None else {"params": layers, "fast": fast}
