@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from memdlm_jax.training import hlo_products
 from memdlm_jax.training.hlo_groups import groups_of
+from memdlm_jax.training.hlo_loops import trips_of
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,<=]*)\](?:\{([^{}]*)\})?")
@@ -236,7 +237,7 @@ class _Counter:
 
     def _operation(self, name: str, body: dict[str, Operation], one: Operation, fused: bool):
         if one.opcode == "while":
-            trips = _trips(self.program, one)
+            trips = trips_of(self.program, one)
             inside = self.of(one.called("body") or "", fused).times(trips or 1)
             return inside + Costs(unknown_loops=int(trips is None))
         if one.opcode == "conditional":
@@ -291,24 +292,6 @@ def _branches(one: Operation) -> list[str]:
     if found := re.search(r"branch_computations=\{([^}]*)\}", one.attributes):
         return re.findall(r"%?([\w.\-]+)", found.group(1))
     return [one.called("true_computation") or "", one.called("false_computation") or ""]
-
-
-def _trips(program: Program, one: Operation) -> int | None:
-    """Trips of a loop: what the compiler says, or the bound of a count from 0 in its condition."""
-    if found := re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', one.attributes):
-        return int(found.group(1))
-    condition = program.computations[one.called("condition") or ""].values()
-    inside = [
-        other
-        for test in condition
-        for other in program.computations.get(test.called() or "", {}).values()
-    ]
-    every = [*condition, *inside]
-    compares = [c for c in every if c.opcode == "compare" and "direction=LT" in c.attributes]
-    bounds = {c.operands[0] for c in every if c.opcode == "constant" and not c.results[0].dims}
-    if len(compares) == 1 and len(bounds) == 1 and (bound := bounds.pop()).isdigit():
-        return int(bound)
-    return None
 
 
 def _flops(one: Operation, body: dict[str, Operation], ragged_share: float) -> float:

@@ -114,6 +114,48 @@ def test_a_loop_of_unknown_length_counts_once_and_is_reported():
     assert not any(c.between_hosts for c in costs.collectives)
 
 
+def unrolled(step):
+    """A loop to 8 whose body adds ``step`` to its count, in the open or in a fusion."""
+    return f"""HloModule unrolled
+
+%sum.of (p: s32[], q: s32[]) -> s32[] {{
+  %p = s32[] parameter(0)
+  %q = s32[] parameter(1)
+  ROOT %s = s32[] add(%p, %q)
+}}
+
+%body (state: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {{
+  %state = (f32[8,8]{{1,0}}, s32[]) parameter(0)
+  %x = f32[8,8]{{1,0}} get-tuple-element(%state), index=0
+  %i = s32[] get-tuple-element(%state), index=1
+  %by = s32[] constant({step.split()[-1]})
+  %y = f32[8,8]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %next = s32[] {"fusion(%i, %by), kind=kLoop, calls=%sum.of" if "fused" in step else "add(%i, %by)"}
+  ROOT %t = (f32[8,8]{{1,0}}, s32[]) tuple(%y, %next)
+}}
+
+%more (state.1: (f32[8,8], s32[])) -> pred[] {{
+  %state.1 = (f32[8,8]{{1,0}}, s32[]) parameter(0)
+  %at = s32[] get-tuple-element(%state.1), index=1
+  %end = s32[] constant(8)
+  ROOT %lt = pred[] compare(%at, %end), direction=LT
+}}
+
+ENTRY %main (a: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {{
+  %a = (f32[8,8]{{1,0}}, s32[]) parameter(0)
+  ROOT %loop = (f32[8,8]{{1,0}}, s32[]) while(%a), condition=%more, body=%body
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("step", "trips"), [("1", 8), ("2", 4), ("3", 3), ("fused 2", 4), ("fused 1", 8)]
+)
+def test_a_loop_that_counts_in_steps_runs_less_often(step, trips):
+    costs = hlo.costs(unrolled(step), 1)
+    assert costs.flops == trips * 2 * 8**3 and costs.unknown_loops == 0
+
+
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.costs("a text", 8)
