@@ -58,14 +58,27 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
+def parts_of(name: str) -> int:
+    """Parts that the mesh in context divides a named dimension of an activation into.
+
+    Args:
+        name: ``length``, ``heads`` or ``vocab``.
+
+    Returns:
+        1 without a mesh.
+    """
+    mesh = mesh_in_context()
+    return 1 if mesh is None else mesh.shape[_AXIS_OF[name]]
+
+
 def activation_spec(mesh: AbstractMesh, shape: tuple[int, ...], names: tuple[str | None, ...]):
     """Where an activation should lie.
 
     Args:
         mesh: one of ours.
         shape: of the activation.
-        names: of its first dimensions: ``rows``, ``length``, ``heads``, ``vocab``, or ``None`` for
-            one that stays whole.
+        names: of its first dimensions: ``rows``, ``length``, ``heads``, ``vocab``, ``any`` for
+            one that may lie as it will, or ``None`` for one that stays whole.
 
     Returns:
         A PartitionSpec. The compiler is left to decide on dimensions without a name, on those that
@@ -82,6 +95,8 @@ def activation_spec(mesh: AbstractMesh, shape: tuple[int, ...], names: tuple[str
 
 def _axes(mesh: Mesh | AbstractMesh, size: int, name: str) -> tuple[str, ...]:
     """Axes that divide a named dimension of this size; none if they cannot."""
+    if name == "any":
+        return ()
     if name == "rows":
         free = not _groups_mapped.get() and size % row_shards(mesh) == 0
         return ROW_AXES if free else ()

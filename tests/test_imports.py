@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "partitioning": set(),
     "processes": set(),
     "storage": set(),
-    "diffusion": {"typing"},
+    "diffusion": {"typing", "partitioning"},
     "memory": {"typing", "partitioning", "diffusion"},
     "models": {"typing", "partitioning"},
     "checkpoints": {"typing", "processes", "storage", "models"},

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from memdlm_jax import partitioning
 from memdlm_jax.typing import Batch, ChunkingDenoiser, Denoiser, Hidden, Mask, Theta, Tokens
 
 
@@ -118,44 +119,58 @@ def chunked_token_losses(
 
     The logits of a chunk are made again in the backward pass, so that [b, c, v] never stands in
     memory; that is one more product with the unembedding than without chunks. Derivatives of any
-    order go through.
+    order go through. Where the mesh in context divides the vocabulary, each device goes through
+    the chunks of its own share, and the sums of all shares meet once, at the end.
 
     Args:
         normalised: hidden states of the slots, behind the final norm.
         unembedding: output matrix.
         targets: labels of the slots.
-        chunk: tokens of the vocabulary at a time, at least 1.
+        chunk: tokens of the vocabulary, or of a share of it, at a time, at least 1.
     """
     wide = jnp.promote_types(normalised.dtype, jnp.float32)
-    size = unembedding.shape[1]
-    chunk = min(chunk, size)
-    kernel = unembedding.astype(normalised.dtype)
-
-    def logits(columns):
-        return jnp.matmul(normalised, columns, preferred_element_type=wide)
+    kernel = _shares(unembedding.astype(normalised.dtype), partitioning.parts_of("vocab"))
+    size, (_, shares, share) = unembedding.shape[1], kernel.shape
+    chunk = min(chunk, share)
 
     @jax.checkpoint
-    def add(carry, columns):
-        """Highest logit so far, and the sum of exponentials below it."""
-        highest, total = carry
-        here = logits(columns)
+    def add(carry, columns, at):
+        """Of every share: its highest logit so far, the exponentials below, the label's logit."""
+        highest, total, picked = carry
+        here = jnp.einsum("bcd,dsk->bcsk", normalised, columns, preferred_element_type=wide)
+        here = partitioning.constrain(here, "rows", None, "vocab", None)
+        token = jnp.arange(shares)[:, None] * share + at + jnp.arange(columns.shape[2])
+        if shares * share > size:  # A finite number: a share may have no token at all.
+            here = jnp.where(token < size, here, jnp.finfo(wide).min)
+        own = token == targets.labels[..., None, None]
+        picked = picked + jnp.sum(jnp.where(own, here, 0), axis=-1)
         # A constant of the derivative: it cancels from the result.
         new = jnp.maximum(highest, jax.lax.stop_gradient(jnp.max(here, axis=-1)))
         total = total * jnp.exp(highest - new) + jnp.sum(jnp.exp(here - new[..., None]), axis=-1)
-        return new, total
+        return new, total, picked
 
-    def step(carry, number):
-        return add(carry, jax.lax.dynamic_slice_in_dim(kernel, number * chunk, chunk, 1)), None
+    def step(carry, at):
+        return add(carry, jax.lax.dynamic_slice_in_dim(kernel, at, chunk, 2), at), None
 
-    slots = normalised.shape[:-1]
-    carry = jnp.full(slots, -jnp.inf, wide), jnp.zeros(slots, wide)
-    carry, _ = jax.lax.scan(step, carry, jnp.arange(size // chunk))
-    if size % chunk:
-        carry = add(carry, kernel[:, size - size % chunk :])
-    highest, total = carry
-    own = jnp.moveaxis(jnp.take(kernel, targets.labels, axis=1), 0, -1)
-    picked = jnp.sum(normalised.astype(wide) * own.astype(wide), axis=-1)
-    return highest + jnp.log(total) - picked
+    slots = (*normalised.shape[:-1], shares)
+    carry = jnp.full(slots, -jnp.inf, wide), jnp.zeros(slots, wide), jnp.zeros(slots, wide)
+    carry, _ = jax.lax.scan(step, carry, jnp.arange(share // chunk) * chunk)
+    if rest := share % chunk:
+        carry = add(carry, kernel[..., share - rest :], share - rest)
+    highest, total, picked = carry
+    most = jax.lax.stop_gradient(jnp.max(highest, axis=-1))
+    total = jnp.sum(total * jnp.exp(highest - most[..., None]), axis=-1)
+    return most + jnp.log(total) - jnp.sum(picked, axis=-1)
+
+
+def _shares(kernel: Float[Array, "d v"], shares: int) -> Float[Array, "d s w"]:
+    """Columns in so many shares of equal width, the last ones filled up with zeros.
+
+    The width of the model is left to lie as it does: each chunk is gathered when its turn comes.
+    """
+    share = -(-kernel.shape[1] // shares)
+    kernel = jnp.pad(kernel, ((0, 0), (0, shares * share - kernel.shape[1])))
+    return partitioning.constrain(kernel.reshape(-1, shares, share), "any", "vocab", None)
 
 
 def label_losses(

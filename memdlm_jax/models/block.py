@@ -1,5 +1,6 @@
 """One layer of a transformer, and layers under one scan."""
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -101,9 +102,7 @@ def block_of(config: TransformerConfig, first: int) -> type[nn.Module]:
     return rematerialised
 
 
-def stack_of(
-    config: TransformerConfig, run: Run, length: int, keep: bool = False, first: int = 0
-) -> nn.Module:
+def stack_of(config: TransformerConfig, run: Run, length: int, first: int = 0) -> nn.Module:
     """``length`` blocks of a run, from layer number ``first`` on, under one scan.
 
     Compile time does not grow with depth.
@@ -114,7 +113,44 @@ def stack_of(
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast, 0),
         length=length,
-    )(config, run.mixture, keep)
+    )(config, run.mixture)
+
+
+def cached_layers(
+    config: TransformerConfig, run: Run, stack: Any, fast: Phi, first: int, last: int, *inputs
+) -> tuple[jax.Array, KeysAndValues]:
+    """Layers ``first .. last - 1`` of a run beside a cache, without cutting them from their stack.
+
+    ``stack_of`` on a part of a stack would first copy the part, as a loop takes arrays of its own;
+    in decoding that is once a step. Here the loop runs over numbers of layers. (Not in training: a
+    derivative would add to the whole stack at every layer.)
+
+    Args:
+        config: of the model.
+        run: of which the layers are.
+        stack: the parameters of all its layers.
+        fast: fast weights of the layers, or ``None``.
+        first: layer of the run to begin with.
+        last: layer of the run to end before; one beyond the stack is its end.
+        *inputs: x, mask, position ids and the layers' keys and values in the cache, or ``None``, as
+            ``Block`` takes them; the last with a leading axis of layers.
+
+    Returns:
+        (what the last layer gives, keys and values of x in every layer).
+    """
+    x, mask, position_ids, cached = inputs
+    last = min(last, jax.tree.leaves(stack)[0].shape[0])
+    block = block_of(config, run.first + first)(config, run.mixture, True)
+
+    def layer(x, one):
+        number, fast, cached = one
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
+        variables = {"params": jax.tree.map(take, stack)}
+        if fast is not None:
+            variables["fast"] = fast
+        return block.apply(variables, x, mask, position_ids, cached)
+
+    return jax.lax.scan(layer, x, (jnp.arange(first, last), fast, cached))
 
 
 def fast_weights_of(config: TransformerConfig, phi: Phi, split: int, start: int, stop: int) -> Phi:

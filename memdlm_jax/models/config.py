@@ -34,8 +34,8 @@ class TransformerConfig:
         remat_layers: first layers that this holds for; the others recompute nothing. ``None`` is
             all. The adapted layers at the end are few, and run more often than the others.
             Without effect where ``remat`` is ``none``.
-        vocab_chunk: the loss takes so many tokens of the vocabulary at a time, for large ones; 0
-            takes all.
+        vocab_chunk: the loss takes so many tokens of the vocabulary at a time, for large ones, or
+            of a device's share of it on a mesh that divides it; 0 takes all.
         attention_block: 0 for attention in both directions; else tokens see their own block of so
             many tokens and those before it. Blocks are counted by position id, so that padding
             before a row's first token does not move them.

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from memdlm_jax import partitioning
-from memdlm_jax.partitioning import EXPERT, SEQUENCE, TENSOR
+from memdlm_jax.partitioning import EXPERT, TENSOR
 
 Some = Callable[[jax.Array, Any, jax.Array, int], jax.Array]
 """(tokens [t, d], variables, first expert, count) -> what these experts add, [t, d]."""
@@ -48,7 +48,7 @@ def sum_over_experts(
     def local(x: jax.Array, variables: Any) -> jax.Array:
         count = num_experts // parts
         first = jax.lax.axis_index(EXPERT) * count
-        y = some(x.reshape(-1, x.shape[-1]), _own_keys(variables), first, count)
+        y = some(x.reshape(-1, x.shape[-1]), _own_keys(variables, rows), first, count)
         summed = (EXPERT, TENSOR) if _inner_divided(specs) else (EXPERT,)
         return jax.lax.psum(y, summed).astype(x.dtype).reshape(x.shape)
 
@@ -89,11 +89,17 @@ def _inner_divided(specs: Any) -> bool:
     return any(TENSOR in spec for spec in leaves)
 
 
-def _own_keys(variables: Any) -> Any:
-    """The variables with other dropout on devices that hold other tokens or experts."""
+def _own_keys(variables: Any, rows: PartitionSpec) -> Any:
+    """The variables with other dropout on devices that hold other tokens or experts.
+
+    Devices that hold the same ones must draw alike, or they would go on with different results:
+    only axes that ``rows`` divides by count, and that of experts. Memories that are mapped over
+    devices draw alike too, as they do on one.
+    """
     if not any(map(_is_key, jax.tree.leaves(variables))):
         return variables
-    device = jax.lax.axis_index((*partitioning.ROW_AXES, SEQUENCE, EXPERT))
+    axes = [axis for part in rows for axis in ((part,) if isinstance(part, str) else part or ())]
+    device = jax.lax.axis_index((*axes, EXPERT))
 
     def own(leaf):
         return jax.random.fold_in(leaf, device) if _is_key(leaf) else leaf

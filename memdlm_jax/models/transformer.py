@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from memdlm_jax import partitioning
 from memdlm_jax.models import inspection
 from memdlm_jax.models.attention import pick, sees_block
-from memdlm_jax.models.block import Part, block_of, fast_weights_of, stack_of
+from memdlm_jax.models.block import Part, block_of, cached_layers, fast_weights_of, stack_of
 from memdlm_jax.models.config import TransformerConfig, matrices, runs_of
 from memdlm_jax.models.layers import RMSNorm
 from memdlm_jax.typing import Cache, Hidden, Key, Phi, Theta, Tokens, merged
@@ -326,20 +326,22 @@ class Transformer:
             first, last = max(start - run.first, 0), min(stop - run.first, run.length)
             if first >= last:
                 continue
-            layers = jax.tree.map(lambda leaf, a=first, b=last: leaf[a:b], theta[run.name])
             fast = phi if phi is None or len(runs) == 1 else phi.get(run.name)
+            inputs = hidden, mask, positions, None if cache is None else cache[run.name]
+            if own is not None:
+                some = theta[run.name], fast, first, last
+                hidden, own[run.name] = cached_layers(self.config, run, *some, *inputs)
+                continue
+            layers = jax.tree.map(lambda leaf, a=first, b=last: leaf[a:b], theta[run.name])
             variables = {"params": layers} if fast is None else {"params": layers, "fast": fast}
             # What the stack really holds: a shortened one runs as a shorter model.
             length = jax.tree.leaves(layers)[0].shape[0]
-            stack = stack_of(self.config, run, length, own is not None, run.first + first)
-            inputs = hidden, mask, positions, None if cache is None else cache[run.name]
+            stack = stack_of(self.config, run, length, run.first + first)
             if found is not None:
                 (hidden, _), sown = stack.apply(variables, *inputs, mutable=["intermediates"])
                 found[run.name] = sown["intermediates"]
                 continue
-            hidden, kept = stack.apply(variables, *inputs)
-            if own is not None:
-                own[run.name] = kept
+            hidden, _ = stack.apply(variables, *inputs)
         if own is not None:
             rows = (hidden.shape[0], positions.shape[1])
             own["position_ids"] = jnp.broadcast_to(positions, rows)[None, ..., None]

@@ -70,7 +70,8 @@ class Roofline:
     Attributes:
         compute: matrix products.
         memory: traffic with the main memory, an estimate.
-        links: what is sent to other devices.
+        links: what is sent to other devices; on GPUs the longer of what stays within a host and
+            what leaves it.
         utilisation: model FLOPs over what the devices could do in ``seconds``, in [0, 1].
     """
 
@@ -256,11 +257,10 @@ def roofline(chip: Chip, costs: Costs, model_flops: float) -> Roofline:
         costs: what it does in a step.
         model_flops: its share of them.
     """
-    sent = dict.fromkeys((False, True), 0.0)
-    for collective in costs.collectives:
-        sent[collective.crosses_hosts] += collective.sent
-    links = sent[False] / chip.link_bandwidth
-    links += sent[True] / (chip.host_bandwidth or chip.link_bandwidth)
+    far = sum(collective.between_hosts for collective in costs.collectives)
+    links = costs.sent / chip.link_bandwidth
+    if chip.host_bandwidth is not None:  # Two networks, in use at the same time.
+        links = max((costs.sent - far) / chip.link_bandwidth, far / chip.host_bandwidth)
     compute, memory = costs.flops / chip.peak_flops, costs.bytes / chip.memory_bandwidth
     seconds = max(compute, memory, links)
     share = model_flops / chip.peak_flops / seconds if seconds else 0.0
@@ -318,6 +318,12 @@ def _check_replicated(layout: Layout, parameters: Any) -> dict[str, int]:
     return found
 
 
+def _across(collective: hlo.Collective) -> str:
+    if not collective.between_hosts:
+        return ""
+    return f" across hosts, {collective.on_host} on each"
+
+
 def shown(report: Report) -> str:
     """The report in lines."""
     gib, costs = 2**30, report.costs
@@ -341,8 +347,7 @@ def shown(report: Report) -> str:
         f"sent by a device: {costs.sent / gib:.3f} GiB",
     ]
     lines += [
-        f"    {c.kind} among {c.devices}{' across hosts' if c.crosses_hosts else ''}: {c.times} "
-        f"times, {c.sent / gib:.3f} GiB"
+        f"    {c.kind} among {c.devices}{_across(c)}: {c.times} times, {c.sent / gib:.3f} GiB"
         for c in costs.collectives
     ]
     if costs.unknown_loops:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from memdlm_jax.training import hlo_products
 from memdlm_jax.training.hlo_groups import groups_of
+from memdlm_jax.training.hlo_loops import trips_of
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,<=]*)\](?:\{([^{}]*)\})?")
@@ -131,16 +132,30 @@ class Collective:
         kind: ``all-gather``, ``all-reduce``, ``reduce-scatter``, ``all-to-all``,
             ``collective-permute`` and so on.
         devices: of a group.
-        crosses_hosts: whether a group has devices of several hosts.
+        on_host: devices of a group on one host, the fewest anywhere; all if it has one host.
         times: how often one runs in a step.
         sent: bytes that a device sends in a step, by the ring algorithm.
     """
 
     kind: str
     devices: int
-    crosses_hosts: bool
+    on_host: int
     times: int
     sent: float
+
+    @property
+    def between_hosts(self) -> float:
+        """Bytes of ``sent`` that go to another host.
+
+        A group makes as many rings as it has devices on a host, each of which leaves the host from
+        another device: that device's neighbour in this ring alone is far away. Where every device
+        sends to every other one, the share is that of the far ones.
+        """
+        if self.on_host == self.devices:
+            return 0.0
+        if "all-to-all" in self.kind:
+            return self.sent * (self.devices - self.on_host) / (self.devices - 1)
+        return self.sent / self.on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +199,7 @@ class Costs:
 def _summed(collectives: tuple[Collective, ...]) -> tuple[Collective, ...]:
     total: dict[tuple, Collective] = {}
     for one in collectives:
-        key = one.kind, one.devices, one.crosses_hosts
+        key = one.kind, one.devices, one.on_host
         old = total.get(key, Collective(*key, 0, 0.0))
         total[key] = dataclasses.replace(old, times=old.times + one.times, sent=old.sent + one.sent)
     return tuple(sorted(total.values(), key=lambda c: -c.sent))
@@ -222,7 +237,7 @@ class _Counter:
 
     def _operation(self, name: str, body: dict[str, Operation], one: Operation, fused: bool):
         if one.opcode == "while":
-            trips = _trips(self.program, one)
+            trips = trips_of(self.program, one)
             inside = self.of(one.called("body") or "", fused).times(trips or 1)
             return inside + Costs(unknown_loops=int(trips is None))
         if one.opcode == "conditional":
@@ -247,12 +262,12 @@ class _Counter:
             arrays = arrays[len(arrays) // 2 :]
         # TPUs write a reduce-scatter as a fused all-reduce and slice.
         scattered = kind == "all-reduce" and "all-reduce-scatter" in computation
-        devices, crosses = groups_of(one.attributes, self.num_devices, self.per_host)
+        devices, on_host = groups_of(one.attributes, self.num_devices, self.per_host)
         size = sum(array.bytes for array in arrays)
         if scattered:
             kind, size = "reduce-scatter", size / devices
         sent = _SENT[kind](size, devices)
-        return Costs(collectives=(Collective(kind, devices, crosses, 1, sent),) if sent else ())
+        return Costs(collectives=(Collective(kind, devices, on_host, 1, sent),) if sent else ())
 
 
 _SENT = {
@@ -277,24 +292,6 @@ def _branches(one: Operation) -> list[str]:
     if found := re.search(r"branch_computations=\{([^}]*)\}", one.attributes):
         return re.findall(r"%?([\w.\-]+)", found.group(1))
     return [one.called("true_computation") or "", one.called("false_computation") or ""]
-
-
-def _trips(program: Program, one: Operation) -> int | None:
-    """Trips of a loop: what the compiler says, or the bound of a count from 0 in its condition."""
-    if found := re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', one.attributes):
-        return int(found.group(1))
-    condition = program.computations[one.called("condition") or ""].values()
-    inside = [
-        other
-        for test in condition
-        for other in program.computations.get(test.called() or "", {}).values()
-    ]
-    every = [*condition, *inside]
-    compares = [c for c in every if c.opcode == "compare" and "direction=LT" in c.attributes]
-    bounds = {c.operands[0] for c in every if c.opcode == "constant" and not c.results[0].dims}
-    if len(compares) == 1 and len(bounds) == 1 and (bound := bounds.pop()).isdigit():
-        return int(bound)
-    return None
 
 
 def _flops(one: Operation, body: dict[str, Operation], ragged_share: float) -> float:

@@ -11,20 +11,25 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:\s*,?\s*device_ids=\S+)?\
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})?\}")
 
 
-def groups_of(attributes: str, num_devices: int, devices_per_host: int) -> tuple[int, bool]:
-    """Devices of a group, and whether any group has devices of several hosts.
+def groups_of(attributes: str, num_devices: int, devices_per_host: int) -> tuple[int, int]:
+    """Devices of a group, and how many of them are on one host.
 
     Args:
         attributes: of the collective.
         num_devices: of the program.
         devices_per_host: devices are numbered host by host; 0 for one network among all.
 
+    Returns:
+        (devices, the fewest of any group on any host that it has devices on). Both are the same
+        where no group has devices of several hosts.
+
     Raises:
         ValueError: the groups are said in a way that is not known here.
     """
     groups = _groups(attributes, num_devices)
     hosts = groups // devices_per_host if devices_per_host else np.zeros_like(groups)
-    return groups.shape[1], bool(np.any(hosts != hosts[:, :1]))
+    fewest = min(int(np.unique(group, return_counts=True)[1].min()) for group in hosts)
+    return groups.shape[1], fewest
 
 
 def _groups(attributes: str, num_devices: int) -> np.ndarray:

@@ -16,7 +16,7 @@ def test_a_report_becomes_a_line(tmp_path, capsys):
     config = get_config("llada_8b")
     config.lora.enabled, config.mesh.tensor = True, 4
     settings = compile_for_tpu.from_config_dict(config)
-    sent = Collective("all-gather", 64, False, 3, 5 * 2.0**30)
+    sent = Collective("all-gather", 64, 64, 3, 5 * 2.0**30)
     costs = Costs(394e12, 819e9, (sent,))
     mesh = {"data": 1, "fsdp": 64, "expert": 1, "sequence": 1, "tensor": 4}
     memory = Memory(2**30, 2**31, 0, 3 * 2**30)

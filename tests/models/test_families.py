@@ -36,6 +36,37 @@ def test_the_split_does_not_change_the_model(family):
         np.testing.assert_allclose(logits(model, theta, split=split), whole, atol=1e-6)
 
 
+def _cuts(jaxpr):
+    """Shapes that are sliced out of arrays, anywhere in a program."""
+    found = []
+    for one in jaxpr.eqns:
+        if one.primitive.name == "slice":
+            found.append(one.outvars[0].aval.shape)
+        for value in one.params.values():
+            found += _cuts(value.jaxpr) if hasattr(value, "jaxpr") else []
+    return found
+
+
+def test_beside_a_cache_layers_are_those_of_the_model_and_no_stack_is_cut(family):
+    """A part of a stack would be a copy, at every step of decoding."""
+    model, theta = family
+
+    def both(theta, split):
+        hidden, _ = model.trunk_with_cache(theta, TOKENS, split=split)
+        return model.head_with_cache(theta, None, hidden, split=split)[0]
+
+    split = model.num_layers - 1
+    want = model.head(theta, None, model.trunk(theta, TOKENS, split=split), split=split)
+    found = jax.jit(both, static_argnums=1)(theta, split)
+    np.testing.assert_allclose(found, want, atol=1e-6)
+    stacks = [leaf.shape[1:] for run in runs_of(model.config) for leaf in jax.tree.leaves(
+        theta[run.name]) if leaf.ndim > 2]  # fmt: skip
+    program = jax.make_jaxpr(both, static_argnums=1)(theta, split).jaxpr
+    assert stacks and not {shape[1:] for shape in _cuts(program)} & set(stacks)
+    plain = jax.make_jaxpr(lambda theta: model.trunk(theta, TOKENS, split=split))(theta).jaxpr
+    assert {shape[1:] for shape in _cuts(plain)} & set(stacks)
+
+
 def test_remat_changes_no_gradient():
     plain = small("llada_moe")
     theta = jax.jit(plain.init)(jax.random.key(0))

@@ -12,21 +12,26 @@ import tempfile
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from memdlm_jax import partitioning
 from memdlm_jax.checkpoints import digests
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
+from memdlm_jax.diffusion import objective
+from memdlm_jax.diffusion.objective import Targets, token_losses
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.models import lora
+from memdlm_jax.models.expert_parallel import sum_over_experts
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.models.llada2 import LLaDA2, LLaDA2Config
 from memdlm_jax.models.llada_moe import LLaDAMoE, LLaDAMoEConfig
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.quantize import quantized_tree
-from memdlm_jax.training import optimizer, state
+from memdlm_jax.training import hlo, optimizer, state
 from memdlm_jax.training.parallel import CompiledSteps
-from memdlm_jax.training.sharding import MeshConfig
+from memdlm_jax.training.sharding import Layout, MeshConfig
 from memdlm_jax.training.step import StepSetup
 from memdlm_jax.typing import partition
 from tests.training import tiny
@@ -115,7 +120,8 @@ class Checks:
         taken = {"one": one}
         _, expected = stepped(one, start)
         for name, (mesh, more) in ways.items():
-            taken[name] = steps_on(model, memory, mesh, **changes | more)
+            changed = changes | more
+            taken[name] = steps_on(changed.pop("model", model), memory, mesh, **changed)
             _, found = stepped(taken[name], start)
             self(f"{group}/{name}", difference(found, expected))
         return taken
@@ -124,8 +130,11 @@ class Checks:
 def dense(check):
     ways = {
         "data2_fsdp2_tensor2": (MeshConfig(fsdp=2, tensor=2), {}),
-        "data2_sequence2_tensor2": (MeshConfig(sequence=2, tensor=2), {}),
-    }
+        # The share of a device, 20 of 40 tokens, by chunks that do not divide it.
+        "data2_sequence2_tensor2": (
+            MeshConfig(sequence=2, tensor=2), {"model": DENSE.with_config(vocab_chunk=7)}
+        ),
+    }  # fmt: skip
     check.steps("example_exact", DENSE, EXAMPLE, ways)
     ways = {"data8": (MeshConfig(), {})}
     elastic(check, check.steps("example_first_order", DENSE, FIRST_ORDER, ways))
@@ -161,6 +170,87 @@ def experts(check):
         "adapters_on_narrow_experts", LLADA2.with_config(dispatch="dense"), memory, ways,
         start=state.create(parts.trainable, OPTIMIZER), frozen=parts.frozen,
     )  # fmt: skip
+
+
+def chunked_losses(check):
+    """Losses by chunks of a divided vocabulary against all logits at once, and who computes them.
+
+    Of 37 tokens devices have shares of 10, 10, 10 and 7; of 5 the last one has none.
+    """
+    rng, layout = (
+        np.random.default_rng(0),
+        Layout(MeshConfig(fsdp=2, tensor=4).build(jax.devices())),
+    )
+    normalised = 9 * rng.normal(size=(4, 6, 8)).astype(np.float32)
+    weight = rng.normal(size=(4, 6)).astype(np.float32)
+    by_chunks = functools.partial(objective.chunked_token_losses, chunk=4)
+
+    def derivatives(losses, normalised, kernel, labels):
+        """Loss, gradient and the gradient's derivative, each row under the vmap of memories."""
+
+        def one(normalised, labels, weight, kernel):
+            targets = Targets(labels[None], labels[None], labels[None] >= 0)
+            return jnp.sum(losses(normalised[None], kernel, targets) * weight)
+
+        def total(normalised, kernel):
+            rows = partitioning.map_groups(one, len(labels), (0, 0, 0, None))
+            return jnp.sum(rows(normalised, labels, weight, kernel))
+
+        wide = normalised, kernel
+        return jax.jvp(jax.value_and_grad(total, (0, 1)), wide, jax.tree.map(jnp.sin, wide))
+
+    def on_mesh(*arrays):
+        with partitioning.context(layout.mesh):
+            return derivatives(by_chunks, *arrays)
+
+    for size in (40, 37, 5):
+        theta = {"unembedding": rng.normal(size=(8, size)).astype(np.float32)}
+        arrays = normalised, theta["unembedding"], rng.integers(0, size, (4, 6), np.int32)
+        whole = functools.partial(derivatives, lambda h, w, targets: token_losses(h @ w, targets))
+        want = jax.device_get(jax.jit(whole)(*arrays))
+        places = layout.rows, layout.shardings(theta)["unembedding"], layout.rows
+        step = jax.jit(on_mesh, in_shardings=places).lower(*arrays).compile()
+        found = step(*jax.device_put(arrays, places))
+        (found, second), (want, second_want) = jax.device_get(found), want
+        check(f"chunks/{size}", difference(found, want))
+        check(f"chunks/{size}_second", difference(second, second_want))
+        if size == 40:  # Shares of 10: chunks of 4, 4 and 2.
+            alone = jax.jit(functools.partial(derivatives, by_chunks)).lower(*arrays).compile()
+            flops = [hlo.costs(p.as_text(), n).flops for p, n in ((step, 8), (alone, 1))]
+            check("chunks_share_of_flops", flops[0] / flops[1])
+
+
+def dropout_of_experts(check):
+    """Who draws the same mask inside of experts: devices that hold the same tokens."""
+    layout = Layout(MeshConfig(data=4, expert=2).build(jax.devices()))
+    mesh = layout.mesh.abstract_mesh
+    key = {"experts": {"params": {"up_proj": {"kernel": {"key": jax.random.key(0)}}}}}
+
+    def some(x, variables, first, count):
+        leaf = variables["experts"]["params"]["up_proj"]["kernel"]["key"]
+        return jnp.where(jax.random.bernoulli(leaf, 0.5, x.shape), x, 0)
+
+    def drop(x):
+        return sum_over_experts(mesh, some, x, key, num_experts=2)
+
+    def shares(function, rows):
+        def on_mesh(x):
+            with partitioning.context(mesh):
+                return function(x)
+
+        found = jax.jit(on_mesh)(jax.device_put(np.ones((rows, 4, 8)), layout.replicated))
+        return [np.asarray(share.data) for share in found.addressable_shards]
+
+    def equal(shares):
+        return [all(np.array_equal(a, b) for b in shares) for a in shares]
+
+    whole = shares(drop, 3)  # Four devices cannot divide three rows: each computes all.
+    check("dropout_agrees/rows_whole", len(whole) == 8 and all(equal(whole)))
+    own = shares(drop, 4)
+    distinct = {share.tobytes() for share in own}
+    check("dropout_agrees/rows_divided", len(distinct) == 4 and own[0].shape[0] == 1)
+    mapped = shares(lambda x: partitioning.map_groups(lambda r: drop(r[None])[0], 4)(x), 4)
+    check("dropout_agrees/memories", len(mapped) == 8 and all(equal(mapped)))
 
 
 def elastic(check, taken):
@@ -244,7 +334,10 @@ def digested(check):
 def main():
     assert len(jax.devices()) == 8
     check = Checks()
-    for part in (digested, refusals, dense, micro_batches, experts):
+    parts = (
+        digested, refusals, dropout_of_experts, chunked_losses, dense, micro_batches, experts,
+    )  # fmt: skip
+    for part in parts:
         part(check)
     print(json.dumps(check.found))
 

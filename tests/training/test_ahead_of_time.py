@@ -63,13 +63,37 @@ def test_every_kind_of_chip_has_its_facts():
 
 def test_the_roofline_is_the_slowest_of_three():
     chip = Chip(peak_flops=100, memory=1, memory_bandwidth=10, link_bandwidth=5, host_bandwidth=2)
-    near, far = Collective("all-gather", 4, False, 1, 30.0), Collective("x", 8, True, 1, 8.0)
+    near, far = Collective("all-gather", 4, 4, 1, 30.0), Collective("all-gather", 8, 2, 1, 8.0)
     found = ahead_of_time.roofline(chip, Costs(500, 80, (near, far)), model_flops=300)
-    assert (found.compute, found.memory, found.links) == (5, 8, 30 / 5 + 8 / 2)
-    assert (found.seconds, found.bound, found.utilisation) == (10, "links", 300 / 100 / 10)
+    # Of two rings over four hosts, each takes a half, and leaves each host by one device.
+    assert (found.compute, found.memory, found.links) == (5, 8, max((30 + 8 / 2) / 5, 8 / 2 / 2))
+    assert (found.seconds, found.bound, found.utilisation) == (8, "memory", 300 / 100 / 8)
+    farther = Collective("all-gather", 4, 1, 1, 40.0)
+    found = ahead_of_time.roofline(chip, Costs(500, 80, (near, farther)), model_flops=300)
+    assert (found.seconds, found.bound) == (40 / 2, "links")
     # Without a network of its own between hosts all are neighbours.
     alone = dataclasses.replace(chip, host_bandwidth=None)
     assert ahead_of_time.roofline(alone, Costs(500, 80, (near, far)), 300).links == 38 / 5
+
+
+def test_bytes_between_hosts_are_those_of_rings_walked_by_hand():
+    """Four devices on each of three hosts: every ring is walked hop by hop."""
+    devices, on_host, result = 12, 4, 120.0
+    far, sent = [0.0] * devices, [0.0] * devices
+    for ring in range(on_host):
+        # Through a host from device ``ring + 1`` round to ``ring``, which hands on to the next.
+        order = [h * on_host + (ring + 1 + i) % on_host for h in range(3) for i in range(on_host)]
+        for here, there in zip(order, order[1:] + order[:1], strict=True):
+            piece = result / on_host * (devices - 1) / devices
+            sent[here] += piece
+            far[here] += piece * (here // on_host != there // on_host)
+    found = Collective("all-gather", devices, on_host, 1, sent[0])
+    assert sent == pytest.approx([result * 11 / 12] * devices)
+    assert far == pytest.approx([found.between_hosts] * devices)
+    # Everybody to everybody: 8 of 11 others are far.
+    assert Collective("all-to-all", 12, 4, 1, 11.0).between_hosts == 8
+    assert Collective("collective-permute", 2, 1, 1, 3.0).between_hosts == 3
+    assert Collective("all-gather", 4, 4, 1, 3.0).between_hosts == 0
 
 
 def test_the_largest_states_need_no_memory():

@@ -85,7 +85,7 @@ ENTRY %main (a: (s32[], f32[8,16]), b: (s32[], bf16[64,128])) -> (s32[], f32[8,1
 
 
 def found_in(costs):
-    return {(c.kind, c.devices): (c.times, c.sent, c.crosses_hosts) for c in costs.collectives}
+    return {(c.kind, c.devices): (c.times, c.sent, c.on_host) for c in costs.collectives}
 
 
 def test_collectives_count_with_the_trips_of_their_loops():
@@ -93,15 +93,15 @@ def test_collectives_count_with_the_trips_of_their_loops():
     half, whole = 2 * 64 * 128 // 2, 2 * 64 * 128  # bytes of bf16 arrays
     assert found_in(costs) == {
         # What a device sends in a ring: three quarters of 32 x 16 floats, five times.
-        ("all-gather", 4): (5, 5 * 3 / 4 * 4 * 32 * 16, False),
+        ("all-gather", 4): (5, 5 * 3 / 4 * 4 * 32 * 16, 4),
         # Devices 0 and 4: of two hosts. Twice half of 8 x 32 floats.
-        ("all-reduce", 2): (5, 5 * 2 / 2 * 4 * 8 * 32, True),
-        ("reduce-scatter", 4): (3, 3 * 3 / 4 * whole, False),
+        ("all-reduce", 2): (5, 5 * 2 / 2 * 4 * 8 * 32, 1),
+        ("reduce-scatter", 4): (3, 3 * 3 / 4 * whole, 4),
         # Of GPUs, two arrays at once: half of each.
-        ("reduce-scatter", 2): (3, 3 * (whole / 2 + 4 * 4), False),
+        ("reduce-scatter", 2): (3, 3 * (whole / 2 + 4 * 4), 2),
         # Counted where it begins and not again where it ends.
-        ("all-gather", 8): (3, 3 * 7 / 8 * half, True),
-        ("collective-permute", 2): (3, 3 * 2 * 4 * 128, True),
+        ("all-gather", 8): (3, 3 * 7 / 8 * half, 4),
+        ("collective-permute", 2): (3, 3 * 2 * 4 * 128, 1),
     }
     assert costs.unknown_loops == 0
     assert costs.flops == 5 * 2 * 8 * 32 * 16
@@ -111,7 +111,49 @@ def test_a_loop_of_unknown_length_counts_once_and_is_reported():
     text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
     costs = hlo.costs(text, 8)
     assert costs.unknown_loops == 1 and costs.flops == 2 * 8 * 32 * 16
-    assert not any(c.crosses_hosts for c in costs.collectives)
+    assert not any(c.between_hosts for c in costs.collectives)
+
+
+def unrolled(step):
+    """A loop to 8 whose body adds ``step`` to its count, in the open or in a fusion."""
+    return f"""HloModule unrolled
+
+%sum.of (p: s32[], q: s32[]) -> s32[] {{
+  %p = s32[] parameter(0)
+  %q = s32[] parameter(1)
+  ROOT %s = s32[] add(%p, %q)
+}}
+
+%body (state: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {{
+  %state = (f32[8,8]{{1,0}}, s32[]) parameter(0)
+  %x = f32[8,8]{{1,0}} get-tuple-element(%state), index=0
+  %i = s32[] get-tuple-element(%state), index=1
+  %by = s32[] constant({step.split()[-1]})
+  %y = f32[8,8]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %next = s32[] {"fusion(%i, %by), kind=kLoop, calls=%sum.of" if "fused" in step else "add(%i, %by)"}
+  ROOT %t = (f32[8,8]{{1,0}}, s32[]) tuple(%y, %next)
+}}
+
+%more (state.1: (f32[8,8], s32[])) -> pred[] {{
+  %state.1 = (f32[8,8]{{1,0}}, s32[]) parameter(0)
+  %at = s32[] get-tuple-element(%state.1), index=1
+  %end = s32[] constant(8)
+  ROOT %lt = pred[] compare(%at, %end), direction=LT
+}}
+
+ENTRY %main (a: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {{
+  %a = (f32[8,8]{{1,0}}, s32[]) parameter(0)
+  ROOT %loop = (f32[8,8]{{1,0}}, s32[]) while(%a), condition=%more, body=%body
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("step", "trips"), [("1", 8), ("2", 4), ("3", 3), ("fused 2", 4), ("fused 1", 8)]
+)
+def test_a_loop_that_counts_in_steps_runs_less_often(step, trips):
+    costs = hlo.costs(unrolled(step), 1)
+    assert costs.flops == trips * 2 * 8**3 and costs.unknown_loops == 0
 
 
 def test_text_that_is_no_program_is_refused():

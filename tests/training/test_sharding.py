@@ -190,10 +190,33 @@ def test_a_step_equals_that_of_one_device(found, name):
     assert found[name] < 1e-5
 
 
+CHUNKS = [f"chunks/{size}" for size in (40, 37, 5)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CHUNKS)
+def test_a_loss_by_chunks_of_a_divided_vocabulary_is_that_of_all_logits(found, name):
+    """Losses and gradients, and with more cancellation the gradients' derivatives."""
+    assert found[name] < 1e-6
+    assert found[f"{name}_second"] < 2e-5
+
+
+@pytest.mark.distributed
+def test_devices_share_the_products_of_a_loss_by_chunks(found):
+    assert found["chunks_share_of_flops"] == 1 / 8
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("what", ["rows_whole", "rows_divided", "memories"])
+def test_devices_with_the_same_tokens_drop_the_same_of_them_in_experts(found, what):
+    assert found[f"dropout_agrees/{what}"]
+
+
 @pytest.mark.distributed
 def test_every_step_that_is_taken_is_looked_at(found):
     assert {name for name, value in found.items() if type(value) is float} == {
-        *STEPS, "share_of_kernel"
+        *STEPS, *CHUNKS, *(f"{name}_second" for name in CHUNKS), "chunks_share_of_flops",
+        "share_of_kernel",
     }  # fmt: skip
 
 
