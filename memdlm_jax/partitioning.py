@@ -163,7 +163,7 @@ _RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 """End of a parameter's path -> names of its last dimensions; the first rule that fits counts."""
 
-_PART = re.compile(r"/(kernel|delta)(/base)?(/codes|/scales|/A|/B|/W|/key)?$")
+_PART = re.compile(r"/(kernel|delta)(?:/base|/delta)?(/codes|/scales|/A|/B|/W|/key)?$")
 """What stands in the place of a matrix, and which piece of it a leaf is."""
 
 
@@ -192,7 +192,7 @@ def _named_dimensions(path: str) -> tuple[str | None, ...]:
         return (None,)
     matrix, part = path, ""
     if found := _PART.search(path):
-        matrix, part = path[: found.start()] + "/kernel", found.group(3) or ""
+        matrix, part = path[: found.start()] + "/kernel", found.group(2) or ""
     elif "inner/start/" in path:
         part = "/A"
     for pattern, names in _RULES:
