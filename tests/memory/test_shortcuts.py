@@ -55,9 +55,12 @@ def test_one_memory_is_added_to_the_base(mode, monkeypatch):
     assert fewer < more
 
 
-def test_an_empty_memory_costs_less():
-    """Two steps; only the first one begins with B = 0."""
-    config = dataclasses.replace(LITTLE, meta_gradient="first_order", steps=2)
+@pytest.mark.parametrize("layer_fraction", [LITTLE.layer_fraction, 1.0])
+def test_an_empty_memory_costs_less(layer_fraction):
+    """Two steps; only the first one begins with B = 0. Of three layers one stands under a scan."""
+    config = dataclasses.replace(
+        LITTLE, meta_gradient="first_order", steps=2, layer_fraction=layer_fraction
+    )
     ours, fewer = outer(config, True)
     plain, more = outer(config, False)
     assert_close(ours, plain, 1e-13)
