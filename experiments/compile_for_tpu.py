@@ -14,7 +14,6 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -22,6 +21,7 @@ from absl import flags
 from ml_collections import config_dict
 
 from experiments import _cli, _model
+from memdlm_jax import storage
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.generation import Generator
@@ -171,16 +171,16 @@ def compile_step(config: CompileConfig) -> Report:
     """
     layout = Layout(config.mesh.build(config.topology.devices()))
     for file in filter(None, (config.hlo, config.json)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        storage.path(file).parent.mkdir(parents=True, exist_ok=True)
     work = work_of(config, layout)
     logger.info("traced in %.0f s, compiling for %s", work.seconds, config.topology.name)
     with _effort(config.effort):
         report, text = ahead_of_time.compile_for(config.topology, layout, work)
     if config.hlo:
-        Path(config.hlo).write_text(text)
+        storage.path(config.hlo).write_text(text)
     if config.json:
         found = {"config": dataclasses.asdict(config)} | report.as_dict()
-        Path(config.json).write_text(json.dumps(found, indent=1) + "\n")
+        storage.path(config.json).write_text(json.dumps(found, indent=1) + "\n")
     return report
 
 

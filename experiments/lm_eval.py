@@ -263,10 +263,18 @@ def main() -> None:
         with processes.ending_together():
             _run()
     except _cli.EXPECTED as error:
-        # LMEVAL_LOG_LEVEL=DEBUG, the harness's own switch, shows where it was raised.
-        if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
+        if _is_debugged():
             raise
-        sys.exit(f"error: {error or type(error).__name__}")
+        sys.exit(_said(error))
+
+
+def _is_debugged() -> bool:
+    """LMEVAL_LOG_LEVEL=DEBUG, the harness's own switch, shows where an error was raised."""
+    return logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG)
+
+
+def _said(error: Exception) -> str:
+    return f"error: {error or type(error).__name__}"
 
 
 def _run() -> None:
@@ -276,7 +284,12 @@ def _run() -> None:
         # For the harness a process whose model has rank 0, but which is not itself the first of
         # its host, computes along and writes nothing.
         os.environ["LOCAL_RANK"] = str(jax.process_index())
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except _cli.EXPECTED as error:
+        if processes.several() and not _is_debugged():
+            processes.abort(_said(error))
+        raise
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from memdlm_jax.memory.learned import InnerParameters
 from memdlm_jax.typing import Key, Mask, Phi, Theta, Tokens
 
 _ROWS = "decoded_rows"
+_COUNTS = "whole", "parts"
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
@@ -78,7 +79,8 @@ def generate(
         devices: of this process; ``None`` for all of them. More than rows are not used.
 
     Returns:
-        ``Decoded``; its counts of passes are those of the device that took most.
+        ``Decoded``; its counts of passes are those of the device that took most. With several
+        devices it is ready: they are waited for.
 
     Raises:
         ValueError: ``phi`` has another number of groups.
@@ -99,14 +101,19 @@ def generate(
     if len(taken) > b:
         rows = jax.tree.map(lambda leaf: leaf[taken], rows)
     shared = theta, inner, None if groups == b else phi
-    decoded = _generate(generator, _mesh(devices), record, shared, rows)
-    if len(taken) == b:
-        return decoded
-    return jax.tree.map(lambda leaf: leaf[:b] if jnp.ndim(leaf) else leaf, decoded)
+    # A device that is done must not wait for the others within a program: XLA ends the process
+    # after 40 s of that on a CPU. So nothing is summed up or cut before all are done.
+    decoded = jax.block_until_ready(_generate(generator, _mesh(devices), record, shared, rows))
+    most = {name: jnp.max(getattr(decoded, name)) for name in _COUNTS}
+    if len(taken) > b:
+        decoded = jax.tree.map(lambda leaf: leaf[:b], decoded)
+    return decoded.replace(**most)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(generator: Generator, mesh: Mesh, record: bool, shared, rows) -> Decoded:
+    """``Decoded`` with counts [devices], one of each device; devices never wait for each other."""
+
     def own_rows(shared, rows):
         theta, inner, phi = shared
         keys, prompts, valid, context, own_phi = rows
@@ -114,17 +121,12 @@ def _generate(generator: Generator, mesh: Mesh, record: bool, shared, rows) -> D
             generator, theta, keys, prompts, valid, inner,
             phi if own_phi is None else own_phi, context, record=record,
         )  # fmt: skip
-        return jax.tree.map(
-            lambda leaf: leaf if jnp.ndim(leaf) else jax.lax.pmax(leaf, _ROWS), decoded
-        )
+        return decoded.replace(**{name: getattr(decoded, name)[None] for name in _COUNTS})
 
-    whole: Any = PartitionSpec()
-    divided: Any = PartitionSpec(_ROWS)
-    history = divided if record else None
-    out = Decoded(divided, divided, divided, divided, whole, whole, history)
+    whole, divided = PartitionSpec(), PartitionSpec(_ROWS)
     # Loops and their states differ from device to device, which the check does not let through.
     return jax.shard_map(
-        own_rows, mesh=mesh, in_specs=(whole, divided), out_specs=out, check_vma=False
+        own_rows, mesh=mesh, in_specs=(whole, divided), out_specs=divided, check_vma=False
     )(shared, rows)
 
 

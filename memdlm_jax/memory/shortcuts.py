@@ -62,7 +62,10 @@ class Fresh:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _unmoved(multiply: Multiply, x: jax.Array, delta: LowRank) -> jax.Array:
     shape = jax.eval_shape(lambda: delta(x, multiply))
-    return jnp.zeros(shape.shape, shape.dtype)
+    # Never taken, but mapped over whatever the derivative is mapped over: ``vmap`` of a scan over
+    # layers, or of one that is rematerialised, wants zeros and derivative to agree in that.
+    entry = sum(leaf.reshape(-1)[0].astype(shape.dtype) for leaf in (x, delta.A, delta.B))
+    return jnp.where(True, jnp.zeros(shape.shape, shape.dtype), entry)
 
 
 @_unmoved.defjvp

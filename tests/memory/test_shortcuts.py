@@ -21,15 +21,15 @@ from tests.models.small import small
 pytestmark = pytest.mark.usefixtures("wide")
 
 
-def outer(config, is_fresh):
+def outer(config, is_fresh, remat="none"):
     """Loss, sums, gradient, and the FLOPs of all, in float64."""
-    both, theta = program(config, is_fresh)
+    both, theta = program(config, is_fresh, remat)
     return jax.jit(both)(theta), flops.matmul_flops(both, theta)
 
 
-def program(config, is_fresh):
+def program(config, is_fresh, remat="none"):
     """(theta -> loss, sums and gradient), theta."""
-    model = small("llada").with_config(dtype="float64", param_dtype="float64")
+    model = small("llada").with_config(dtype="float64", param_dtype="float64", remat=remat)
     theta = model.init(jax.random.key(0))
     phi, *states = meta_gradient.draw(
         jax.random.key(3), model, config, BATCH, LinearSchedule(0.5, "low_discrepancy")
@@ -55,11 +55,16 @@ def test_one_memory_is_added_to_the_base(mode, monkeypatch):
     assert fewer < more
 
 
-def test_an_empty_memory_costs_less():
-    """Two steps; only the first one begins with B = 0."""
-    config = dataclasses.replace(LITTLE, meta_gradient="first_order", steps=2)
-    ours, fewer = outer(config, True)
-    plain, more = outer(config, False)
+@pytest.mark.parametrize(
+    ("layer_fraction", "remat"), [(LITTLE.layer_fraction, "none"), (1.0, "none"), (0.3, "full")]
+)
+def test_an_empty_memory_costs_less(layer_fraction, remat):
+    """Two steps; only the first one begins with B = 0. Of three layers one stands under a scan."""
+    config = dataclasses.replace(
+        LITTLE, meta_gradient="first_order", steps=2, layer_fraction=layer_fraction
+    )
+    ours, fewer = outer(config, True, remat)
+    plain, more = outer(config, False, remat)
     assert_close(ours, plain, 1e-13)
     assert (ours[0][1].inner.gradient_norm > 1e-3).all()
     assert fewer < more
