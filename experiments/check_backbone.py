@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from memdlm_jax import storage
 from memdlm_jax.checkpoints import hub, hugging_face
 from memdlm_jax.evaluation import backbones
 from memdlm_jax.evaluation.backbones import Compared
@@ -48,7 +49,7 @@ def _base(folder: Path, base: Path | None, golden: dict, tolerance: float) -> li
     return [Compared("logits_base", c.error, c.tolerance) for c in found if c.name == "logits"]
 
 
-def report(folder: Path, found: list[Compared]) -> None:
+def report(folder: str, found: list[Compared]) -> None:
     """Print the worst error of every quantity, and everything that is wrong."""
     print(folder)
     for quantity, compared in backbones.worst(found):
@@ -67,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m experiments.check_backbone",
         description="Compare model folders with recordings of the published modelling code.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument(
-        "--base", type=Path, help="model folder under adapter folders, ignored for others"
+        "--base", type=storage.path, help="model folder under adapter folders, ignored for others"
     )
     parser.add_argument("--tolerance", type=float, default=backbones.TOLERANCE)
     options = parser.parse_args(arguments)
@@ -79,11 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wrong, unchecked, total = [], [], 0
     for folder in options.folders:
         try:
-            local = Path(hub.local(str(folder)))
+            local = storage.path(hub.local(folder))
             base = options.base if hugging_face.is_adapter(local) else None
             found = check(local, base, options.tolerance)
         except (OSError, ImportError, ValueError) as error:
-            unchecked.append(str(folder))
+            unchecked.append(folder)
             print(f"{folder}\n    error: {error}")
             continue
         report(folder, found)

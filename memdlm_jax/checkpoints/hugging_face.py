@@ -320,14 +320,15 @@ def _write(folder: Path, shards: list[list[Entry]], flat: Mapping, config: str) 
     names = [WEIGHTS] if count == 1 else names
     stale = _stale(folder) - set(names)
     with contextlib.ExitStack() as stack:
+        # The last one to be entered takes its place first: a folder with a config has its weights.
+        stack.enter_context(storage.replacing(folder / "config.json")).write_text(config)
+        if count > 1:
+            index = stack.enter_context(storage.replacing(folder / INDEX))
+            index.write_text(_index(dict(zip(names, shards, strict=True)), flat))
         for name, entries in zip(names, shards, strict=True):
             tensors = {entry.name: _published(flat, entry) for entry in entries}
             file = stack.enter_context(storage.replacing(folder / name))
             save_file(tensors, file, metadata={"format": "pt"})
-        if count > 1:
-            index = stack.enter_context(storage.replacing(folder / INDEX))
-            index.write_text(_index(dict(zip(names, shards, strict=True)), flat))
-        stack.enter_context(storage.replacing(folder / "config.json")).write_text(config)
     if count == 1:
         (folder / INDEX).unlink(missing_ok=True)
     for name in stale:
