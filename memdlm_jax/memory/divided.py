@@ -73,7 +73,7 @@ def generate(
         prompts: [b, p] int32.
         valid: [b, p] bool.
         inner: the learned inner loop's parameters.
-        phi: memory that was written before, one group per row or one for all.
+        phi: memory that was written before, one group for all rows.
         context: what is to be written in the place of the prompts.
         record: keep the window after every step.
         devices: of this process; ``None`` for all of them. More than rows are not used.
@@ -83,7 +83,7 @@ def generate(
         devices it is ready: they are waited for.
 
     Raises:
-        ValueError: ``phi`` has another number of groups.
+        ValueError: ``phi`` has more groups.
     """
     b = len(prompts)
     devices = tuple(devices or jax.local_devices())[:b]
@@ -93,14 +93,13 @@ def generate(
             generator, theta, keys, prompts, valid, inner, phi, context, record=record
         )
     groups = 1 if phi is None else fast_weights.number_of_groups(phi)
-    if groups not in (1, b):
-        raise ValueError(f"phi has {groups} groups; it must have 1 or one for each of {b} rows")
-    own_phi = phi if groups == b else None
-    rows = keys, prompts, valid, context, own_phi
+    if groups != 1:
+        raise ValueError(f"phi has {groups} groups; it must have 1, for all rows")
+    rows = keys, prompts, valid, context
     taken = np.minimum(np.arange(-(-b // len(devices)) * len(devices)), b - 1)
     if len(taken) > b:
         rows = jax.tree.map(lambda leaf: leaf[taken], rows)
-    shared = theta, inner, None if groups == b else phi
+    shared = theta, inner, phi
     # A device that is done must not wait for the others within a program: XLA ends the process
     # after 40 s of that on a CPU. So nothing is summed up or cut before all are done.
     decoded = jax.block_until_ready(_generate(generator, _mesh(devices), record, shared, rows))
@@ -116,11 +115,10 @@ def _generate(generator: Generator, mesh: Mesh, record: bool, shared, rows) -> D
 
     def own_rows(shared, rows):
         theta, inner, phi = shared
-        keys, prompts, valid, context, own_phi = rows
+        keys, prompts, valid, context = rows
         decoded = generation.generate(
-            generator, theta, keys, prompts, valid, inner,
-            phi if own_phi is None else own_phi, context, record=record,
-        )  # fmt: skip
+            generator, theta, keys, prompts, valid, inner, phi, context, record=record
+        )
         return decoded.replace(**{name: getattr(decoded, name)[None] for name in _COUNTS})
 
     whole, divided = PartitionSpec(), PartitionSpec(_ROWS)

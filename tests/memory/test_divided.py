@@ -1,6 +1,5 @@
 """Rows divided over devices, run in a process of its own, against all rows on one device."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -40,7 +39,7 @@ def on_two_devices():
     written, _ = generation.write(Generator(small("llada"), MEMORY, CONFIG), *given)
     first = jax.tree.map(lambda leaf: leaf[:1], written)
     generator = Generator(small("llada"), MEMORY, CONFIG)
-    for phi, record in ((None, True), (written, False), (first, False)):
+    for phi, record in ((None, True), (first, False)):
         one = generation.generate(generator, *given, phi=phi, record=record)
         two = divided.generate(generator, placed, keys, *prompts, phi=phi, record=record)
         assert len(two.tokens.sharding.device_set) == 2
@@ -51,7 +50,7 @@ def on_two_devices():
         if record:
             np.testing.assert_array_equal(two.history, one.history)
     # XLA ends a CPU's process if one device waits for another longer than 40 s.
-    shared, rows = (placed, None, None), (keys, *prompts, None, None)
+    shared, rows = (placed, None, first), (keys, *prompts, None)
     pairs = jax.tree.map(lambda leaf: leaf[:2], rows)
     mesh = divided._mesh(tuple(jax.local_devices()))
     program = divided._generate.lower(generator, mesh, False, shared, pairs).compile().as_text()
@@ -60,15 +59,5 @@ def on_two_devices():
     alone = divided.generate(generator, placed, keys[:1], *(x[:1] for x in prompts), phi=first)
     assert len(alone.tokens.sharding.device_set) == 1
     np.testing.assert_array_equal(alone.tokens, one.tokens[:1])
-    with pytest.raises(ValueError, match="phi has 2 groups; it must have 1 or one for each of 3"):
-        halves = jax.tree.map(lambda leaf: leaf[:2], written)
-        divided.generate(generator, placed, keys, *prompts, phi=halves)
-
-
-def test_one_device_is_generate_itself():
-    given = arguments("llada")
-    generator = Generator(small("llada"), None, dataclasses.replace(CONFIG, threshold=None))
-    one = generation.generate(generator, *given)
-    same = divided.generate(generator, *given, devices=jax.local_devices()[:1])
-    np.testing.assert_array_equal(one.tokens, same.tokens)
-    np.testing.assert_array_equal(one.confidence, same.confidence)
+    with pytest.raises(ValueError, match="phi has 3 groups; it must have 1, for all rows"):
+        divided.generate(generator, placed, keys, *prompts, phi=written)
