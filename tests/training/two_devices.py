@@ -56,4 +56,6 @@ def main(name):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for memory in sys.argv[1:]:
+        print(memory, file=sys.stderr)
+        main(memory)
