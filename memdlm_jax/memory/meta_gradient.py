@@ -223,12 +223,7 @@ def outer_loss(
         is_fresh and config.meta_gradient == "first_order" and inner_loss is None
         and trajectory.dropout is None,
     )  # fmt: skip
-    used = adapted
-    if trajectory.dropout is not None:
-        drop = functools.partial(fast_weights.with_dropout, rate=config.dropout)
-        used = jax.vmap(drop)(adapted, trajectory.dropout[-1])
-    elif _is_fused(config, theta, phi):
-        used = shortcuts.fused(adapted)
+    used = _as_read(config, theta, adapted, trajectory)
     read = functools.partial(
         anchor_loss, denoiser, valid=batch.valid, anchor=anchor,
         split=fast_weights.split_of(denoiser, config), entered=entering is not None,
@@ -241,6 +236,14 @@ def outer_loss(
     return memory_on, OuterLoss(
         memory_on, memory_off, *_counts(batch), record, norm, change, adapted
     )
+
+
+def _as_read(config: MemoryConfig, theta: Theta, phi: Phi, trajectory: Trajectory) -> Phi:
+    """The adapted fast weights in the form in which the outer loss reads them."""
+    if trajectory.dropout is not None:
+        drop = functools.partial(fast_weights.with_dropout, rate=config.dropout)
+        return jax.vmap(drop)(phi, trajectory.dropout[-1])
+    return shortcuts.fused(phi) if _is_fused(config, theta, phi) else phi
 
 
 def _is_fused(config: MemoryConfig, theta: Theta, phi: Phi) -> bool:
