@@ -223,12 +223,11 @@ def outer_loss(
         is_fresh and config.meta_gradient == "first_order" and inner_loss is None
         and trajectory.dropout is None,
     )  # fmt: skip
-    used = _as_read(config, theta, adapted, trajectory)
     read = functools.partial(
         anchor_loss, denoiser, valid=batch.valid, anchor=anchor,
         split=fast_weights.split_of(denoiser, config), entered=entering is not None,
     )  # fmt: skip
-    memory_on = read(theta, used, hidden)
+    memory_on = read(theta, _as_read(config, theta, adapted, trajectory), hidden)
     memory_off = _memory_off(read, theta, hidden, with_memory_off)
     norm, change = jax.lax.stop_gradient(
         [fast_weights.group_norms(x).mean() for x in (adapted, _difference(adapted, phi))]
