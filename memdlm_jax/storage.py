@@ -66,21 +66,6 @@ def absolute(where: str | os.PathLike[str]) -> Path:
     return found if is_remote(found) else found.absolute()
 
 
-def for_arrays(where: str | os.PathLike[str]) -> Path:
-    """A folder that Orbax can write arrays to: of a disk, or in a bucket of Google's.
-
-    Raises:
-        ValueError: Orbax cannot write there.
-        ImportError: see ``path``.
-    """
-    if os.fspath(where).startswith("s3://"):
-        raise ValueError(
-            f"{where}: Orbax writes arrays to disks and to gs://, not to s3://; write to a disk "
-            "that all hosts see and copy it (aws s3 sync), or mount the bucket"
-        )
-    return absolute(where)
-
-
 def read_text(file: Path, encoding: str = "utf-8", errors: str = "strict") -> str:
     """Content of a text file, with line ends as they are in Python; ``epath`` cannot."""
     with file.open("rb") as raw:
@@ -162,6 +147,18 @@ def copy_folder(source: Path, target: Path, last: str = "") -> None:
         below = target / str(file)[len(str(source)) + 1 :]
         below.parent.mkdir(parents=True, exist_ok=True)
         _copy(file, below)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Give a folder another name; in a bucket its files are copied there and then deleted."""
+    if not is_remote(source):
+        source.rename(target)
+        return
+    for file in files_below(source):
+        inside_the_bucket: Any = file
+        inside_the_bucket.copy(target / str(file)[len(str(source)) + 1 :])
+    folder: Any = source
+    folder.rmtree()
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -1,9 +1,11 @@
 """A stand-in for a bucket: the code that reaches ``gs://`` and ``s3://``, over a folder of a disk.
 
 ``storage``, ``etils.epath`` and fsspec are the real ones, and so is Orbax with its rules for
-``gs://``; fsspec's file system and TensorStore's driver of buckets are replaced. As in a bucket
+buckets; fsspec's file system and TensorStore's driver of buckets are replaced. As in a bucket
 nothing can be appended to a file, and a file that is not closed is not there.
 """
+
+import functools
 
 import pytest
 from etils.epath import backend
@@ -35,12 +37,14 @@ def buckets(tmp_path, monkeypatch):
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: files)
     monkeypatch.setattr(storage, "_installed", lambda package: True)
     monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
-    monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", lambda path: _on_disk(root, path))
+    driver = functools.partial(_on_disk, root)
+    driver.otherwise = driver  # It knows both kinds: ``orbax_s3`` has nothing to add.
+    monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", driver)
     return root
 
 
 def _on_disk(root, path):
-    """TensorStore's place of ``gs://NAME/...``."""
-    place = f"{root}/{path.removeprefix('gs://')}"
+    """TensorStore's place of ``gs://NAME/...`` or ``s3://NAME/...``."""
+    place = f"{root}/{path[len('gs://') :]}"
     # A single file; all else are folders, whose end TensorStore's driver of disks wants to see.
     return {"driver": "file", "path": place if place.endswith("_sharding") else f"{place}/"}

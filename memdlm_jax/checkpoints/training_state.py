@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from memdlm_jax import processes, storage
-from memdlm_jax.checkpoints import digests
+from memdlm_jax.checkpoints import digests, orbax_s3
 from memdlm_jax.checkpoints.trees import named
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,9 @@ class TrainingCheckpoints:
         """
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be at least 1")
-        self.folder = storage.for_arrays(folder)
+        self.folder = storage.absolute(folder)
+        if orbax_s3.is_on_s3(self.folder):
+            orbax_s3.teach()
         self.config = json.loads(json.dumps(dict(config), sort_keys=True))
         self._keep_last = keep_last
         self._manager = self._open()
@@ -214,7 +216,7 @@ class TrainingCheckpoints:
                 break
             aside = self.folder / f"{step}.corrupt.{number}"
         if processes.is_first():
-            (self.folder / str(step)).rename(aside)
+            storage.move_folder(self.folder / str(step), aside)
         processes.wait_for_all()
         self._manager = self._open()
 

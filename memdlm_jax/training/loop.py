@@ -68,7 +68,7 @@ class TrainConfig:
         if not self.output:
             raise ValueError("train.output='' must name a folder")
         try:
-            storage.for_arrays(self.output)
+            storage.path(self.output)
         except ValueError as error:
             raise ValueError(f"train.output: {error}") from error
         for field in ("steps", "log_every", "save_every", "keep_last"):
