@@ -8,14 +8,14 @@ own, the first joins them, and a step counts once its file ``commit_success.txt`
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
 
-from orbax.checkpoint._src.path import gcs_utils
-from orbax.checkpoint._src.serialization import tensorstore_utils
-
 SCHEME = "s3://"
+_RULES = "orbax.checkpoint._src.path.gcs_utils"
+_DRIVERS = "orbax.checkpoint._src.serialization.tensorstore_utils"
 
 
 def is_on_s3(path: str | os.PathLike[str]) -> bool:
@@ -29,18 +29,20 @@ def teach() -> None:
     Raises:
         ImportError: the release of Orbax that is installed lacks one of the functions.
     """
-    for module, name, case in (
-        (gcs_utils, "is_gcs_path", lambda path: True),
-        (gcs_utils, "get_kvstore_for_gcs", _place),
-        (tensorstore_utils, "_use_gcs_driver", lambda path: True),
-        (tensorstore_utils, "_normalize_path", _normal),
+    for place, name, case in (
+        (_RULES, "is_gcs_path", lambda path: True),
+        (_RULES, "get_kvstore_for_gcs", _place),
+        (_DRIVERS, "_use_gcs_driver", lambda path: True),
+        (_DRIVERS, "_normalize_path", _normal),
     ):
-        found = getattr(module, name, None)
-        if found is None:
+        try:
+            module = importlib.import_module(place)
+            found = getattr(module, name)
+        except (ImportError, AttributeError) as error:
             raise ImportError(
-                f"{SCHEME}: this release of Orbax has no {module.__name__}.{name}; install the one "
-                "that constraints.txt names, or write to a disk"
-            )
+                f"{SCHEME}: this release of Orbax has no {place}.{name}; install the one that "
+                "constraints.txt names, or write to a disk"
+            ) from error
         if not hasattr(found, "otherwise"):
             setattr(module, name, _with_case(found, case))
 
@@ -58,7 +60,7 @@ def _normal(path: str) -> str:
 
 
 def _place(path: str) -> dict[str, Any]:
-    """TensorStore's specification of a place."""
+    """TensorStore's specification of a place in a bucket."""
     bucket, _, below = path.removeprefix(SCHEME).partition("/")
     return {"driver": "s3", "bucket": bucket, "path": below, **_service()}
 
