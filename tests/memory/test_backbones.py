@@ -16,7 +16,7 @@ from memdlm_jax.models import lora
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.quantize import quantized_tree
 from memdlm_jax.typing import Batch, Partitioned, partition
-from tests.models.small import FAMILIES, TOKENS, small
+from tests.models.small import FAMILIES, TOKENS, small, theta_of
 
 BATCH = Batch(
     tokens=TOKENS,
@@ -36,7 +36,7 @@ def write(model, config, theta, tokens=TOKENS, valid=BATCH.valid):
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     model = small(request.param)
-    return model, jax.jit(model.init)(jax.random.key(0))
+    return model, theta_of(model)
 
 
 def test_the_prompt_is_learnt(family):
@@ -80,7 +80,7 @@ def test_exact_gradients_through_experts_equal_the_dense_oracle():
     """
     config = dataclasses.replace(LITTLE, meta_gradient="exact")
     model = small("llada_moe")
-    model, theta = doubled(model, jax.jit(model.init)(jax.random.key(0)))
+    model, theta = doubled(model, theta_of(model))
     found, expected = (
         jax.jit(jax.grad(outer(one, config, theta, "float64")))(theta)
         for one in (model, model.with_config(dispatch="dense"))
@@ -94,7 +94,7 @@ def test_exact_gradients_through_experts_equal_the_dense_oracle():
 def test_a_row_adapts_whatever_stands_beside_it():
     """Experts of all rows are computed together; what a row writes is its own."""
     model = small("llada_moe")
-    model, theta = doubled(model, jax.jit(model.init)(jax.random.key(0)))
+    model, theta = doubled(model, theta_of(model))
 
     both = write(model, LITTLE, theta)[0]
     # Beside nothing but padding.
@@ -114,7 +114,7 @@ class TestFrozenBase:
         return small("llada")
 
     def adapted(self, model, narrow):
-        theta = jax.jit(model.init)(jax.random.key(0))
+        theta = theta_of(model)
         if narrow:
             theta = quantized_tree(theta, "int8", lambda p: p.endswith("up_proj/kernel"), 8)
         return lora.add(jax.random.key(1), model, theta, LoraConfig(rank=2, dropout=0.0))

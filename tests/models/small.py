@@ -35,6 +35,12 @@ def small(name):
     return FAMILIES[name]
 
 
+@functools.cache
+def theta_of(model):
+    """Parameters of a model, drawn once: compiling what draws them is most of the time."""
+    return jax.jit(model.init)(jax.random.key(0))
+
+
 @functools.partial(jax.jit, static_argnames=("model", "split"))
 def logits(model, theta, phi=None, split=2, valid=None, tokens=TOKENS):
     hidden = model.trunk(theta, tokens, valid, split=split)

@@ -14,7 +14,7 @@ from memdlm_jax.models import attention
 from memdlm_jax.models.config import runs_of
 from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.typing import Denoiser
-from tests.models.small import FAMILIES, MOE, TOKENS, logits, small
+from tests.models.small import FAMILIES, MOE, TOKENS, logits, small, theta_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "backbones"
 
@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "backbones"
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     model = small(request.param)
-    return model, jax.jit(model.init)(jax.random.key(0))
+    return model, theta_of(model)
 
 
 def test_answers_the_protocol(family):
@@ -69,7 +69,7 @@ def test_beside_a_cache_layers_are_those_of_the_model_and_no_stack_is_cut(family
 
 def test_remat_changes_no_gradient():
     plain = small("llada_moe")
-    theta = jax.jit(plain.init)(jax.random.key(0))
+    theta = theta_of(plain)
 
     def loss(remat):
         model = plain.with_config(remat=remat)
@@ -186,7 +186,7 @@ def test_masks_of_block_diffusion():
 
 def test_dream_gives_each_token_the_state_before_it():
     model = small("dream")
-    theta = jax.jit(model.init)(jax.random.key(0))
+    theta = theta_of(model)
     raw = logits(model.with_config(shift=False), theta)
     shifted = logits(model, theta)
     np.testing.assert_array_equal(shifted[:, 1:], raw[:, :-1])

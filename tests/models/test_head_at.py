@@ -10,7 +10,7 @@ import pytest
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.training import flops
-from tests.models.small import FAMILIES, TOKENS
+from tests.models.small import FAMILIES, TOKENS, theta_of
 
 AT = jnp.array([[0, 3, 8, 8], [1, 0, 5, 2]])
 VALID = jnp.ones(TOKENS.shape, bool).at[1, -2:].set(False)
@@ -31,7 +31,7 @@ def random_phi(model, split, modules=("attention", "mlp")):
 @pytest.mark.parametrize("split", [0, 2, 3])
 def test_head_at_is_the_head_at_these_positions(name, split):
     model = FAMILIES[name].with_config(remat="full" if split == 0 else "none")
-    theta = jax.jit(model.init)(jax.random.key(0))
+    theta = theta_of(model)
     if split == 0:
         # With memory in every layer; who sees whom may differ from query to query.
         phi, positions = random_phi(model, split), None
@@ -57,7 +57,7 @@ def test_head_at_is_the_head_at_these_positions(name, split):
 @pytest.mark.parametrize("split", [1, 2])
 def test_what_stands_before_fast_weights_can_be_run_apart(name, split):
     model = FAMILIES[name]
-    theta = jax.jit(model.init)(jax.random.key(0))
+    theta = theta_of(model)
     phi = random_phi(model, split, ("mlp",))
     position_ids = jnp.stack([jnp.arange(9), jnp.arange(9) + 3])
 
@@ -89,7 +89,7 @@ def test_only_a_memory_behind_the_first_attention_can_be_entered():
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_gradients_are_those_of_the_head(remat):
     model = FAMILIES["dream"].with_config(remat=remat)
-    theta, phi = jax.jit(model.init)(jax.random.key(0)), random_phi(model, 1)
+    theta, phi = theta_of(model), random_phi(model, 1)
 
     def total(theta, phi, at):
         hidden = model.trunk(theta, TOKENS, VALID, split=1)
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_the_head(remat):
 
 def test_the_last_layer_runs_at_the_wanted_positions_alone():
     model = FAMILIES["llada"]
-    theta = jax.jit(model.init)(jax.random.key(0))
+    theta = theta_of(model)
     hidden = jnp.zeros((2, 9, 16))
 
     def count(at):

@@ -12,7 +12,7 @@ from memdlm_jax.models import lora
 from memdlm_jax.models.lora import Adapted, LoraConfig
 from memdlm_jax.models.quantize import quantize, quantized_tree
 from memdlm_jax.typing import merged, partition
-from tests.models.small import FAMILIES, logits, small
+from tests.models.small import FAMILIES, logits, small, theta_of
 
 CONFIG = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
 
@@ -21,7 +21,7 @@ CONFIG = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
 def adapted_of(name):
     """A model, its plain theta, and one with adapters, fresh and with B that is not zero."""
     model = small(name)
-    theta = jax.jit(model.init)(jax.random.key(0))
+    theta = theta_of(model)
     fresh = add(theta, model, CONFIG)
     return model, theta, fresh, perturbed(fresh)
 
@@ -131,7 +131,7 @@ def test_scale():
 
 def test_twice_is_refused():
     model = small("llada")
-    theta = lora.add(jax.random.key(0), model, jax.jit(model.init)(jax.random.key(0)), CONFIG)
+    theta = lora.add(jax.random.key(0), model, theta_of(model), CONFIG)
     with pytest.raises(ValueError, match="carries an adapter already"):
         lora.add(jax.random.key(0), model, theta, CONFIG)
 
