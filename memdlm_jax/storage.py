@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import fsspec.config
 from etils import epath
 
@@ -150,15 +151,19 @@ def copy_folder(source: Path, target: Path, last: str = "") -> None:
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Give a folder another name; in a bucket its files are copied there and then deleted."""
+    """Give a folder another name; a bucket's service copies its files, which are then deleted."""
     if not is_remote(source):
         source.rename(target)
         return
+    files = _file_system(str(source).partition("://")[0])
     for file in files_below(source):
-        inside_the_bucket: Any = file
-        inside_the_bucket.copy(target / str(file)[len(str(source)) + 1 :])
+        files.cp_file(str(file), f"{target}{str(file)[len(str(source)) :]}")
     folder: Any = source
     folder.rmtree()
+
+
+def _file_system(scheme: str) -> Any:
+    return fsspec.filesystem(scheme)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 
 from memdlm_jax import storage
+from memdlm_jax.checkpoints import orbax_s3
 
 
 class _Bucket(DirFileSystem):
@@ -35,6 +36,8 @@ def buckets(tmp_path, monkeypatch):
     (root / "b").mkdir(parents=True)
     files = _Bucket(path=str(root), fs=LocalFileSystem(auto_mkdir=True))
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: files)
+    monkeypatch.setattr(storage, "_file_system", lambda scheme: files)
+    monkeypatch.setattr(orbax_s3, "_service", lambda bucket: {})
     monkeypatch.setattr(storage, "_installed", lambda package: True)
     monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
     driver = functools.partial(_on_disk, root)

@@ -72,6 +72,17 @@ def test_files_appear_whole_or_not_at_all(buckets):
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_folders_are_moved_whole(buckets, scheme):
+    source, target = (storage.path(f"{scheme}://b/run/{name}") for name in ("5", "5.corrupt"))
+    for name in ("mark.txt", "state/d/x"):
+        (source / name).write_text(name)
+    storage.move_folder(source, target)
+    assert not (buckets / "b/run/5").exists()
+    moved = [str(file)[len(str(target)) + 1 :] for file in storage.files_below(target)]
+    assert moved == ["mark.txt", "state/d/x"] == [(target / name).read_text() for name in moved]
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_model_folders(buckets, scheme):
     folder = f"{scheme}://b/models/tiny"
     denoiser, theta = hugging_face.load(TINY)

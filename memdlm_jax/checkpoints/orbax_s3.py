@@ -4,14 +4,18 @@ By a path's first letters Orbax 0.12 decides whether a folder can be renamed and
 TensorStore takes the arrays, and of buckets it knows Google's alone. What lies beneath,
 TensorStore and ``etils.epath``, knows S3 as well, so four small functions of Orbax are given a
 case for it. The rest is Orbax's as on ``gs://``: each process writes its share below a name of its
-own, the first joins them, and a step counts once its file ``commit_success.txt`` is there.
+own, the first joins them, and a step counts once its file ``commit_success.txt`` is there. Data
+files may be larger than on ``gs://`` (2 GiB), as Orbax has a smaller target for that alone.
 """
 
 import functools
 import importlib
 import os
+import re
 from collections.abc import Callable
 from typing import Any
+
+import fsspec
 
 SCHEME = "s3://"
 _RULES = "orbax.checkpoint._src.path.gcs_utils"
@@ -23,12 +27,17 @@ def is_on_s3(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(SCHEME)
 
 
-def teach() -> None:
+def teach(folder: str | os.PathLike[str]) -> None:
     """Give Orbax its case of ``s3://``, in this process; all other paths are as before.
+
+    Args:
+        folder: a URL of S3, whose bucket must be there.
 
     Raises:
         ImportError: the release of Orbax that is installed lacks one of the functions.
+        FileNotFoundError, PermissionError: there is no such bucket, or not for this account.
     """
+    found = []
     for place, name, case in (
         (_RULES, "is_gcs_path", lambda path: True),
         (_RULES, "get_kvstore_for_gcs", _place),
@@ -37,14 +46,16 @@ def teach() -> None:
     ):
         try:
             module = importlib.import_module(place)
-            found = getattr(module, name)
+            found.append((module, name, getattr(module, name), case))
         except (ImportError, AttributeError) as error:
             raise ImportError(
                 f"{SCHEME}: this release of Orbax has no {place}.{name}; install the one that "
                 "constraints.txt names, or write to a disk"
             ) from error
-        if not hasattr(found, "otherwise"):
-            setattr(module, name, _with_case(found, case))
+    _service(_bucket(os.fspath(folder)))
+    for module, name, otherwise, case in found:
+        if not hasattr(otherwise, "otherwise"):
+            setattr(module, name, _with_case(otherwise, case))
 
 
 def _with_case(otherwise: Callable[[Any], Any], case: Callable[[str], Any]) -> Callable[[Any], Any]:
@@ -59,23 +70,34 @@ def _normal(path: str) -> str:
     return SCHEME + os.path.normpath(path.removeprefix(SCHEME))
 
 
+def _bucket(path: str) -> str:
+    return path.removeprefix(SCHEME).partition("/")[0]
+
+
 def _place(path: str) -> dict[str, Any]:
     """TensorStore's specification of a place in a bucket."""
-    bucket, _, below = path.removeprefix(SCHEME).partition("/")
-    return {"driver": "s3", "bucket": bucket, "path": below, **_service()}
+    bucket = _bucket(path)
+    below = path.removeprefix(f"{SCHEME}{bucket}").removeprefix("/")
+    return {"driver": "s3", "bucket": bucket, "path": below, **_service(bucket)}
 
 
 @functools.cache
-def _service() -> dict[str, Any]:
-    """Region and address as s3fs has them; TensorStore looks for the same credentials itself."""
-    import botocore.session
+def _service(bucket: str) -> dict[str, Any]:
+    """Address of the service that s3fs uses, and region of the bucket as the service says it."""
+    files = fsspec.filesystem("s3")
+    try:
+        answer = files.call_s3("head_bucket", Bucket=bucket)["ResponseMetadata"]["HTTPHeaders"]
+    except OSError as error:
+        raise type(error)(f"{SCHEME}{bucket}: the bucket must be there: {error}") from error
+    region = answer.get("x-amz-bucket-region") or files.s3.meta.region_name
+    return _settings(region, files.s3.meta.endpoint_url)
 
-    found = botocore.session.get_session().create_client("s3").meta
-    service: dict[str, Any] = {}
-    if found.region_name != "aws-global":  # Without one TensorStore asks where the bucket lies.
-        service["aws_region"] = found.region_name
-    if not found.endpoint_url.endswith(".amazonaws.com"):
-        service["endpoint"] = found.endpoint_url
-    if "AWS_ACCESS_KEY_ID" in os.environ:  # Found first in any case, but with complaints.
-        service["aws_credentials"] = {"type": "environment"}
-    return service
+
+def _settings(region: str, endpoint: str) -> dict[str, Any]:
+    """What TensorStore is told; addresses of AWS for all it forms by itself, and only these."""
+    settings: dict[str, Any] = {"aws_region": region}
+    if not re.fullmatch(r"https://s3(\.[a-z0-9-]+)?\.amazonaws\.com/?", endpoint):
+        settings["endpoint"] = endpoint.rstrip("/").replace("aws-global", region)
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # Found first in any case, but with complaints.
+        settings["aws_credentials"] = {"type": "environment"}
+    return settings

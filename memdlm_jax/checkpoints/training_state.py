@@ -1,8 +1,8 @@
 """Training state on disk: Orbax for the arrays, our own digests for trust.
 
-Orbax commits a step by renaming a temporary folder, so a process killed while it saves leaves the
-step before usable. It detects neither a flipped byte nor a changed dtype at restore; the digests
-written here do.
+Orbax commits a step by renaming a temporary folder, in a bucket by a file that says so, so a
+process killed while it saves leaves the step before usable. It detects neither a flipped byte nor
+a changed dtype at restore; the digests written here do.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class TrainingCheckpoints:
             raise ValueError(f"keep_last={keep_last} must be at least 1")
         self.folder = storage.absolute(folder)
         if orbax_s3.is_on_s3(self.folder):
-            orbax_s3.teach()
+            orbax_s3.teach(self.folder)
         self.config = json.loads(json.dumps(dict(config), sort_keys=True))
         self._keep_last = keep_last
         self._manager = self._open()
@@ -215,9 +215,15 @@ class TrainingCheckpoints:
             if not aside.exists():
                 break
             aside = self.folder / f"{step}.corrupt.{number}"
+        failed: OSError | None = None
         if processes.is_first():
-            storage.move_folder(self.folder / str(step), aside)
-        processes.wait_for_all()
+            try:
+                storage.move_folder(self.folder / str(step), aside)
+            except OSError as error:
+                failed = error
+        said = [line for line in processes.gather(failed and _first_line(failed)) if line]
+        if said:
+            raise OSError(f"{self.folder / str(step)} cannot be renamed: {said[0]}") from failed
         self._manager = self._open()
 
 

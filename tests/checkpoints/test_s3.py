@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.request
 
 import boto3
 import pytest
@@ -22,17 +23,26 @@ def environment(tmp_path, monkeypatch):
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
+    for name in list(os.environ):  # A developer's own must not lead to a real account.
+        if name.upper().startswith(("AWS_", "FSSPEC_")) or name.upper().endswith("_PROXY"):
+            monkeypatch.delenv(name)
     settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "eu-west-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-west-2",
         "AWS_ACCESS_KEY_ID": "name", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"), "JAX_PLATFORMS": "cpu",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_EC2_METADATA_DISABLED": "true", "FSSPEC_CONFIG_DIR": str(tmp_path),
+        "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(
+    # Not in the region that is configured: clients must ask.
+    boto3.client("s3", region_name="eu-west-1").create_bucket(
         Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"}
     )
     yield os.environ
+    # What a server holds would outlive it.
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
     server.stop()
 
 
@@ -53,7 +63,8 @@ def launch(job, count, environment):
     finally:
         for process in started:
             process.kill()
-    assert not any(process.returncode for process in started), said[0][1][-3000:]
+    codes = [process.returncode for process in started]
+    assert not any(codes), "\n".join(error[-3000:] for _, error in said)
     return [json.loads(output.splitlines()[-1]) for output, _ in said]
 
 
@@ -75,4 +86,30 @@ def test_two_processes_write_what_one_reads(environment):
 def test_a_release_of_orbax_without_the_place_for_it_is_named(monkeypatch):
     monkeypatch.delattr(gcs_utils, "is_gcs_path")
     with pytest.raises(ImportError, match=r"s3://: this release of Orbax has no .*is_gcs_path"):
-        orbax_s3.teach()
+        orbax_s3.teach("s3://b/run")
+
+
+@pytest.mark.parametrize(
+    ("region", "endpoint", "given"),
+    [
+        ("eu-west-1", "https://s3.amazonaws.com", None),
+        ("us-gov-west-1", "https://s3.us-gov-west-1.amazonaws.com", None),
+        ("cn-north-1", "https://s3.cn-north-1.amazonaws.com.cn", "https://s3.cn-north-1.amazonaws.com.cn"),
+        ("us-west-2", "https://s3-fips.aws-global.amazonaws.com", "https://s3-fips.us-west-2.amazonaws.com"),
+        ("us-east-1", "https://bucket.vpce-1.s3.us-east-1.vpce.amazonaws.com/", "https://bucket.vpce-1.s3.us-east-1.vpce.amazonaws.com"),
+        ("us-east-1", "http://store:9000", "http://store:9000"),
+    ],
+)  # fmt: skip
+def test_what_tensorstore_is_told_of_the_service(monkeypatch, region, endpoint, given):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    expected = {"aws_region": region} | ({"endpoint": given} if given else {})
+    assert orbax_s3._settings(region, endpoint) == expected
+
+
+def test_a_bucket_that_is_not_there_is_named(environment):
+    done = subprocess.run(
+        [sys.executable, "-c", "from memdlm_jax.checkpoints.training_state import *\n"
+         "TrainingCheckpoints('s3://nowhere/run', {})"],
+        env=environment, text=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode and "s3://nowhere: the bucket must be there" in done.stderr
