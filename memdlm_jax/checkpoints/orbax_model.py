@@ -50,7 +50,6 @@ def save(
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(theta)}
     if len(dtypes) > 1:
         raise ValueError(f"theta has leaves of {sorted(dtypes)}, must have one dtype")
-    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(TrainingCheckpoints(folder / ARRAYS, {}, keep_last=1)) as arrays:
         arrays.save(0, theta, position=0)
         arrays.wait()

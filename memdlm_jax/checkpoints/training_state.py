@@ -184,13 +184,13 @@ class TrainingCheckpoints:
         if step not in (found := self.steps()):
             raise NoUsableCheckpoint(f"step {step} is not in {self.folder}, only {found} are")
         arguments = ocp.args.Composite(notes=ocp.args.JsonRestore())
-        with _corrupt_for_all("its notes: "):
+        with _failing_together(CorruptCheckpoint, "its notes: "):
             notes = _checked_notes(self._manager.restore(step, args=arguments)["notes"])
         self._check_config(step, notes["config"])
         _check_arrays(step, notes["arrays"], template)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        with _corrupt_for_all():
+        with _failing_together(CorruptCheckpoint):
             state = self._manager.restore(step, args=arguments)["state"]
         for name, leaf in named(state).items():
             saved = notes["arrays"][name]
@@ -215,21 +215,15 @@ class TrainingCheckpoints:
             if not aside.exists():
                 break
             aside = self.folder / f"{step}.corrupt.{number}"
-        failed: OSError | None = None
-        if processes.is_first():
-            try:
+        with _failing_together(OSError, f"{self.folder / str(step)} cannot be renamed: "):
+            if processes.is_first():
                 storage.move_folder(self.folder / str(step), aside)
-            except OSError as error:
-                failed = error
-        said = [line for line in processes.gather(failed and _first_line(failed)) if line]
-        if said:
-            raise OSError(f"{self.folder / str(step)} cannot be renamed: {said[0]}") from failed
         self._manager = self._open()
 
 
 @contextlib.contextmanager
-def _corrupt_for_all(what: str = "") -> Iterator[None]:
-    """Turn any error into CorruptCheckpoint, on every process if one of them has it."""
+def _failing_together(kind: type[Exception], what: str = "") -> Iterator[None]:
+    """Turn any error into one of this kind, on every process if one of them has it."""
     found: Exception | None = None
     try:
         yield
@@ -237,7 +231,7 @@ def _corrupt_for_all(what: str = "") -> Iterator[None]:
         found = error
     said = [line for line in processes.gather(found and _first_line(found)) if line]
     if said:
-        raise CorruptCheckpoint(what + said[0]) from found
+        raise kind(what + said[0]) from found
 
 
 def _loss(metrics: Mapping[str, float]) -> float:

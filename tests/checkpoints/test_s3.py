@@ -3,9 +3,6 @@
 import json
 import logging
 import os
-import socket
-import subprocess
-import sys
 import urllib.request
 
 import boto3
@@ -14,6 +11,7 @@ from moto.server import ThreadedMotoServer
 from orbax.checkpoint._src.path import gcs_utils
 
 from memdlm_jax.checkpoints import orbax_s3
+from tests.launch import launch
 
 
 @pytest.fixture
@@ -31,7 +29,7 @@ def environment(tmp_path, monkeypatch):
         "AWS_ACCESS_KEY_ID": "name", "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_CONFIG_FILE": str(tmp_path / "none"),
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-        "AWS_EC2_METADATA_DISABLED": "true", "FSSPEC_CONFIG_DIR": str(tmp_path),
+        "AWS_EC2_METADATA_DISABLED": "true", "FSSPEC_CONFIG_DIR": str(tmp_path / "none"),
         "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
     for name, value in settings.items():
@@ -40,42 +38,26 @@ def environment(tmp_path, monkeypatch):
     boto3.client("s3", region_name="eu-west-1").create_bucket(
         Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"}
     )
-    yield os.environ
+    yield
     # What a server holds would outlive it.
     urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
     server.stop()
 
 
-def launch(job, count, environment):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    base = [sys.executable, "-m", "tests.checkpoints.on_s3", job, port, str(count)]
-    started = [
-        subprocess.Popen(
-            [*base, str(number)], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for number in range(count)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    codes = [process.returncode for process in started]
-    assert not any(codes), "\n".join(error[-3000:] for _, error in said)
-    return [json.loads(output.splitlines()[-1]) for output, _ in said]
+def together(job, folder, count):
+    codes, said = launch("tests.checkpoints.on_s3", job, folder, count, {})
+    assert not any(codes), "\n".join(text[-3000:] for text in said)
+    return [json.loads((folder / f"{job}-{number}.json").read_text()) for number in range(count)]
 
 
 @pytest.mark.distributed
-def test_two_processes_write_what_one_reads(environment):
-    both = launch("write", 2, environment)
+def test_two_processes_write_what_one_reads(environment, tmp_path):
+    both = together("write", tmp_path, 2)
     assert both == [{"steps": [2, 4, 5], "best": 2}] * 2
-    (found,) = launch("read", 1, environment)
+    (found,) = together("read", tmp_path, 1)
     assert found == {
         "step": 4, "position": 40, "same": {"a": True, "b": True, "n": True},
-        "steps": [2, 4], "aside": True,
+        "steps": [2, 4], "aside": True, "killed": [], "region": "eu-west-1", "model": True, "missing": True,
     }  # fmt: skip
     listed = boto3.client("s3").list_objects_v2(Bucket="bucket", Prefix="deep/run/4/state/ocdbt.")
     assert {file["Key"].split("/")[4] for file in listed["Contents"]} == {
@@ -104,12 +86,3 @@ def test_what_tensorstore_is_told_of_the_service(monkeypatch, region, endpoint, 
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     expected = {"aws_region": region} | ({"endpoint": given} if given else {})
     assert orbax_s3._settings(region, endpoint) == expected
-
-
-def test_a_bucket_that_is_not_there_is_named(environment):
-    done = subprocess.run(
-        [sys.executable, "-c", "from memdlm_jax.checkpoints.training_state import *\n"
-         "TrainingCheckpoints('s3://nowhere/run', {})"],
-        env=environment, text=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode and "s3://nowhere: the bucket must be there" in done.stderr

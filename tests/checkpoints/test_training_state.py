@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memdlm_jax import storage
 from memdlm_jax.checkpoints import training_state
 from memdlm_jax.checkpoints.training_state import (
     ConfigMismatch,
@@ -134,6 +135,17 @@ def test_a_flipped_byte_in_the_arrays_is_found_and_the_step_before_is_used(opene
     again.save(2, state(2), 20)
     again.wait()
     assert again.steps() == [1, 2] and (again.folder / "2.corrupt").is_dir()
+
+
+def test_a_corrupt_step_that_cannot_be_renamed_is_named(opened, monkeypatch):
+    flip(files_of(saved(opened, 1, 2), 2)[-1])
+
+    def refuse(source, target):
+        raise PermissionError("read only")
+
+    monkeypatch.setattr(storage, "move_folder", refuse)
+    with pytest.raises(OSError, match=r"/2 cannot be renamed: PermissionError: read only"):
+        opened().restore_latest(state(0))
 
 
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.9])

@@ -15,7 +15,7 @@ from memdlm_jax.memory import fast_weights, generation, prompt_memory
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.fast_weights import Dense, LowRank
 from memdlm_jax.memory.generation import Generator
-from tests.models.small import small
+from tests.models.small import small, theta_of
 
 # One inner step on one module: what is tested here compiles in a fraction of the time.
 MEMORY = MemoryConfig(
@@ -29,15 +29,14 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [4, 3, 2, 9], [12, 5]]
 
 
 @functools.cache
-def theta_of(name):
-    theta = jax.jit(small(name).init)(jax.random.key(0))
-    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, theta)
+def loud_theta_of(name):
+    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, theta_of(small(name)))
 
 
 def arguments(name, prompts=PROMPTS, seed=0):
     tokens, valid = pad_left(prompts, 8, 0)
     keys = jax.random.split(jax.random.key(seed), len(PROMPTS))[: len(prompts)]
-    return theta_of(name), keys, tokens, valid
+    return loud_theta_of(name), keys, tokens, valid
 
 
 def generate(name, config, memory=MEMORY, **given):
@@ -94,7 +93,7 @@ def test_under_full_attention_keys_of_the_first_layer_are_never_old():
     """With one layer the prefix cache is exact, if all behind the prefix is computed again."""
     config = DecodeConfig(length=12, block_length=4, steps=12, order="random")
     model = small("llada").with_config(num_layers=1)
-    theta = theta_of("llada")
+    theta = loud_theta_of("llada")
     theta = theta | {"layers": jax.tree.map(lambda x: x[:1], theta["layers"])}
     given = theta, *arguments("llada")[1:]
     plain, cached = (
@@ -217,7 +216,7 @@ def write_in_pieces(chunk, prompts):
     valid = np.arange(width) < np.array([[len(p)] for p in prompts])
     config = dataclasses.replace(GENTLE, prompt_chunk=chunk)
     keys = jax.random.split(jax.random.key(0), len(prompts))
-    theta = theta_of("llada")
+    theta = loud_theta_of("llada")
     write = jax.jit(
         lambda keys, tokens, valid: prompt_memory.write_prompts(
             keys, small("llada"), config, theta, tokens, valid
@@ -238,7 +237,7 @@ def test_a_long_prompt_is_written_piece_by_piece():
     write = jax.jit(
         functools.partial(
             prompt_memory.write_prompt, denoiser=small("llada"), config=config,
-            theta=theta_of("llada"),
+            theta=loud_theta_of("llada"),
         )
     )  # fmt: skip
     for number, piece in enumerate((prompt[:4], prompt[4:8], prompt[8:])):

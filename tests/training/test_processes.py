@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 
 from memdlm_jax.processes import DistributedConfig, start
+from tests.launch import launch
 from tests.training import on_processes
 from tests.training.test_loop import flip_a_byte, largest_file
 
@@ -20,31 +18,11 @@ PROMPTS = "".join(f"who {'really ' * (i % 3)}asks {i}?\n" for i in range(7))
 KILLED = -signal.SIGKILL
 
 
-def launch(job, folder, count, environment):
-    """Run a job in ``count`` processes and return their exit codes and what they said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def together(job, folder, count, environment):
+    """Run a job of ``on_processes``, compiled as fast as can be."""
     cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    env = os.environ | environment | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {cheap}",
-        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
-    }  # fmt: skip
-    base = [sys.executable, "-m", "tests.training.on_processes", job, str(folder), port]
-    started = []
-    try:
-        for number in range(count):
-            with (folder / f"{job}-{number}.txt").open("w") as said:
-                command = [*base, str(count), str(number)]
-                started.append(subprocess.Popen(command, env=env, stdout=said, stderr=said))
-        for process in started:
-            process.wait(timeout=300)
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    texts = [(folder / f"{job}-{number}.txt").read_text() for number in range(count)]
-    return [process.returncode for process in started], texts
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {cheap}"}
+    return launch("tests.training.on_processes", job, folder, count, environment | flags)
 
 
 def lines_of(folder):
@@ -57,14 +35,14 @@ def chain(tmp_path_factory, environment):
     """The jobs, one after the other, in one folder."""
     folder = tmp_path_factory.mktemp("chain")
     (folder / "prompts.txt").write_text(PROMPTS)
-    codes, said = launch("first", folder, 2, environment)
+    codes, said = together("first", folder, 2, environment)
     assert codes == [0, 0], "\n".join(text[-3000:] for text in said)
     found = {
         "first": [json.loads((folder / f"first-{n}.json").read_text()) for n in range(2)],
         "stopped": max(lines_of(folder)),
     }
     flip_a_byte(largest_file(folder / "run" / "checkpoints" / str(found["stopped"])))
-    found["codes"], found["said"] = launch("second", folder, 4, environment)
+    found["codes"], found["said"] = together("second", folder, 4, environment)
     found["seconds"] = time.time() - (folder / "killed").stat().st_mtime
     found["killed"] = max(lines_of(folder))
     found["saved"] = max(
