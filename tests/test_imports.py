@@ -13,16 +13,18 @@ ROOT = Path(memdlm_jax.__file__).parent
 # memory no backbone, a backbone no training.
 MAY_IMPORT = {
     "typing": set(),
+    "registry": set(),
     "partitioning": set(),
     "processes": set(),
     "storage": set(),
-    "diffusion": {"typing", "partitioning"},
-    "memory": {"typing", "partitioning", "diffusion"},
-    "models": {"typing", "partitioning"},
-    "checkpoints": {"typing", "processes", "storage", "models"},
-    "data": {"typing", "storage"},
+    "diffusion": {"typing", "registry", "partitioning"},
+    "memory": {"typing", "registry", "partitioning", "diffusion"},
+    "models": {"typing", "registry", "partitioning"},
+    "checkpoints": {"typing", "registry", "processes", "storage", "models"},
+    "data": {"typing", "registry", "storage"},
     "training": {
         "typing",
+        "registry",
         "partitioning",
         "processes",
         "storage",
@@ -31,7 +33,16 @@ MAY_IMPORT = {
         "checkpoints",
         "data",
     },
-    "evaluation": {"typing", "processes", "storage", "diffusion", "memory", "models", "data"},
+    "evaluation": {
+        "typing",
+        "registry",
+        "processes",
+        "storage",
+        "diffusion",
+        "memory",
+        "models",
+        "data",
+    },
 }
 # A config arrives as frozen dataclasses; PyTorch and TensorFlow are no dependencies.
 NEVER = {"experiments", "absl", "ml_collections", "torch", "tensorflow"}
