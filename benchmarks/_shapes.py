@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import inner_loop_for
 from memdlm_jax.models import lora
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.models.lora import LoraConfig
+from memdlm_jax.parameters import partition
 from memdlm_jax.training import state as states
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import StepSetup
-from memdlm_jax.typing import Batch, Theta, partition
+from memdlm_jax.typing import Batch, Theta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,9 @@ class Shape:
 
     def setup(self, memory: MemoryConfig | None, remat: Any = "none") -> StepSetup:
         """What is static about a step."""
-        return StepSetup(self.denoiser(remat), OPTIMIZER, memory, capacity=self.response)
+        denoiser = self.denoiser(remat)
+        inner_loop = inner_loop_for(denoiser, memory)
+        return StepSetup(denoiser, OPTIMIZER, inner_loop, capacity=self.response)
 
 
 OPTIMIZER = OptimizerConfig(total_steps=1000)

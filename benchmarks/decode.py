@@ -30,8 +30,9 @@ from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import needles, statistics
 from memdlm_jax.evaluation.needles import NeedleSuite
 from memdlm_jax.evaluation.systems import System, prompt_ids
-from memdlm_jax.memory import divided, generation
-from memdlm_jax.memory.generation import Generator
+from memdlm_jax.inference import data_parallel, generation
+from memdlm_jax.inference.generation import Generator, Prompts
+from memdlm_jax.memory.inner_loop import inner_loop_for
 from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.typing import Theta
 
@@ -61,11 +62,11 @@ class Model:
         """Decoding these prompts, compiled once; rows divided over the first devices."""
         tokens, valid = prompts
         keys = jax.random.split(jax.random.key(0), len(tokens))
-        generator = Generator(self.denoiser, memory, config)
+        generator = Generator(self.denoiser, inner_loop_for(self.denoiser, memory), config)
         on = jax.local_devices()[:devices]
-        theta = divided.replicate(self.theta, on)
-        generate = functools.partial(divided.generate, devices=on)
-        return functools.partial(generate, generator, theta, keys, tokens, valid)
+        theta = data_parallel.replicate(self.theta, on)
+        generate = functools.partial(data_parallel.generate, devices=on)
+        return functools.partial(generate, generator, theta, Prompts(keys, tokens, valid))
 
 
 def samplers(threshold: float) -> dict[str, DecodeConfig]:
@@ -186,7 +187,8 @@ def _answers(model: Model, episodes: Sequence[Any], systems: Mapping[str, Any]) 
     found: dict[str, Any] = {}
     first = next(iter(systems))
     for name, (config, memory) in systems.items():
-        system = System(name, model.denoiser, model.theta, memory)
+        inner_loop = inner_loop_for(model.denoiser, memory)
+        system = System(name, model.denoiser, model.theta, inner_loop)
         answer = needles.answerer(
             system, model.tokenizer, config, max_length=model.denoiser.config.max_length,
             batch_size=16,
@@ -222,10 +224,11 @@ def memory_cost(model: Model, repeats: int) -> dict[str, Any]:
     for rows in (1, 4):
         prompts = pad_left(questions(model, rows, 258), 256, model.tokenizer.pad_id)
         keys = jax.random.split(jax.random.key(0), rows)
-        generator = Generator(model.denoiser, model.memory, config)
+        generator = Generator(model.denoiser, inner_loop_for(model.denoiser, model.memory), config)
         write = functools.partial(
-            jax.jit(generation.write, static_argnums=0), generator, model.theta, keys, *prompts
-        )
+            jax.jit(generation.write, static_argnums=0),
+            generator, model.theta, Prompts(keys, *prompts),
+        )  # fmt: skip
         programs: dict[str, Callable[[], Any]] = {
             "with memory": model.program(config, prompts, model.memory),
             "without": model.program(config, prompts),

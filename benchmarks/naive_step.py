@@ -12,23 +12,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memdlm_jax.memory import inner_loop, meta_gradient
-from memdlm_jax.memory.trajectory import State
+from memdlm_jax.diffusion import objective
+from memdlm_jax.diffusion.objective import NoisyState
+from memdlm_jax.parameters import Partitioned
 from memdlm_jax.training import optimizer as optimizers
 from memdlm_jax.training.state import TrainState
-from memdlm_jax.training.step import StepSetup
-from memdlm_jax.typing import Batch, Denoiser, Key, Partitioned, Phi, Theta
+from memdlm_jax.training.step import StepSetup, step_keys
+from memdlm_jax.typing import Batch, Context, Denoiser, Key, Phi, Theta
 
 
 def logits(denoiser: Denoiser, theta: Theta, phi: Phi, tokens: jax.Array, valid: jax.Array):
     """Logits at every position, [b, l, v]; ``phi`` of one group."""
     split = denoiser.num_layers - jax.tree.leaves(phi)[0].shape[0]
-    hidden = denoiser.trunk(theta, tokens, valid, split=split)
-    last = denoiser.head(theta, phi, hidden, valid, split=split)
+    context = Context(valid)
+    hidden = denoiser.trunk(theta, tokens, context, split=split)
+    last = denoiser.head(theta, phi, hidden, context, split=split)
     return denoiser.readout(theta, last)
 
 
-def state_loss(denoiser: Denoiser, theta: Theta, phi: Phi, batch: Batch, state: State) -> jax.Array:
+def state_loss(
+    denoiser: Denoiser, theta: Theta, phi: Phi, batch: Batch, state: NoisyState
+) -> jax.Array:
     """Weighted sum of -log p over the masked positions, the labels of all others ignored."""
     log_p = jax.nn.log_softmax(logits(denoiser, theta, phi, state.tokens, batch.valid), axis=-1)
     nll = -jnp.take_along_axis(log_p, batch.tokens[..., None], axis=-1)[..., 0]
@@ -48,12 +52,15 @@ def naive_step(
         setup: with a memory in ``global`` scope.
         frozen: what of theta is not trained.
     """
-    memory: Any = setup.memory
-    phi, anchor, trajectory = meta_gradient.draw(
-        key, setup.denoiser, memory, batch, setup.schedule, capacity=setup.capacity
+    inner_loop: Any = setup.inner_loop
+    phi_key, anchor_key, mask_key, _ = step_keys(key)
+    anchor = objective.draw_anchor(
+        anchor_key, batch, setup.denoiser.mask_token_id, setup.schedule, capacity=setup.capacity
     )
+    keys = phi_key, mask_key, None
+    phi, trajectory = inner_loop.draw(keys, batch, anchor, setup.schedule)
     phi = jax.tree.map(lambda leaf: leaf[0], phi)
-    optimizer = inner_loop.inner_optimizer(memory)
+    optimizer = inner_loop.optimizer()
 
     def outer(trained):
         theta = trained if frozen is None else Partitioned(trained, frozen)
@@ -63,7 +70,7 @@ def naive_step(
             gradient = jax.lax.stop_gradient(gradient)
             updates, opt_state = optimizer.update(gradient, opt_state, fast)
             fast = optax.apply_updates(fast, updates)
-        total = state_loss(setup.denoiser, theta, fast, batch, anchor)
+        total = state_loss(setup.denoiser, theta, fast, batch, anchor.state)
         return total / jnp.maximum(batch.maskable.sum(), 1)
 
     loss, gradient = jax.value_and_grad(outer)(state.theta)

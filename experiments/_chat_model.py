@@ -15,10 +15,9 @@ from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion import canvas
 from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.evaluation.systems import prompt_ids
-from memdlm_jax.memory import generation
-from memdlm_jax.memory.generation import Generator
-from memdlm_jax.memory.inner_loop import InnerStep
-from memdlm_jax.memory.learned import InnerParameters
+from memdlm_jax.inference import generation
+from memdlm_jax.inference.generation import Generator, Prompts
+from memdlm_jax.memory.inner_loop import InnerParameters, InnerStep
 from memdlm_jax.typing import Key, Mask, Phi, Theta, Tokens
 
 UNBOUNDED = 1 << 30
@@ -101,15 +100,15 @@ def padded(tokenizer: Tokenizer, ids: Sequence[int], most: int) -> tuple[Tokens,
 class Answerer:
     """One generator with its weights; keeps what it has compiled."""
 
-    def __init__(self, generator: Generator, theta: Theta, inner: InnerParameters | None):
+    def __init__(self, generator: Generator, theta: Theta, learned: InnerParameters | None):
         """Keep who answers.
 
         Args:
             generator: model, memory and sampler.
             theta: base parameters.
-            inner: the learned inner loop's parameters.
+            learned: learned parts of the inner loop.
         """
-        self.generator, self.theta, self.inner = generator, theta, inner
+        self.generator, self.theta, self.learned = generator, theta, learned
         self._writers: dict[tuple[int, ...], Callable[..., Any]] = {}
         self._warm: set[tuple[int, ...]] = set()
 
@@ -132,9 +131,9 @@ class Answerer:
             (the answer with its history, fast weights, what memory took); ``None`` for the latter
             two without memory.
         """
-        if self.generator.memory is None:
+        if self.generator.inner_loop is None:
             return self._decode(keys, prompt, None, show)[0], None, None
-        arguments = self.theta, keys, *written, self.inner
+        arguments = self.theta, Prompts(keys, *written), self.learned
         writer, compiling = self._writer(arguments)
         began = time.perf_counter()
         phi, record = jax.block_until_ready(writer(*arguments))
@@ -148,7 +147,7 @@ class Answerer:
 
     def _writer(self, arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], float]:
         """``generation.write``, compiled for these shapes, and seconds that this took now."""
-        shape, began = arguments[2].shape, time.perf_counter()
+        shape, began = arguments[1].tokens.shape, time.perf_counter()
         if shape in self._writers:
             return self._writers[shape], 0.0
         write = jax.jit(generation.write, static_argnums=(0,))
@@ -170,8 +169,8 @@ class Answerer:
         return time.perf_counter() - began
 
     def _steps(self, keys: Key, prompt: tuple[Tokens, Mask], phi: Phi) -> Iterator[Decoded]:
-        given = self.generator, self.theta, keys, *prompt, self.inner, phi
-        return generation.watch(*given, record=True)
+        prompts = Prompts(keys, *prompt)
+        return generation.watch(self.generator, self.theta, prompts, self.learned, phi, record=True)
 
     def _decode(
         self,

@@ -15,6 +15,7 @@ from memdlm_jax.evaluation.retrieval import RetrievalConfig
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.evaluation.tasks import TaskSuite
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
 
 ONE_BY_ONE = DecodeConfig(length=1, block_length=1)
 """From left to right, see ``needles.left_to_right``."""
@@ -155,9 +156,10 @@ def load(config: EvaluateConfig) -> Loaded:
             systems.append(System("mdlm", denoiser, theta))
         else:
             systems.append(System("memdlm_train_only", denoiser, theta))
-            inner = _memory.inner_parameters(folder, denoiser, config.memory)
-            systems.append(System("memdlm", denoiser, theta, config.memory, inner))
-            if inner is not None:
+            learned = _memory.inner_parameters(folder, denoiser, config.memory)
+            inner_loop = InnerLoop(denoiser, config.memory)
+            systems.append(System("memdlm", denoiser, theta, inner_loop, learned))
+            if learned is not None:
                 weights["memdlm"] += _memory.inner_digest(folder)[:12]
     if config.under and not any(map(hugging_face.is_adapter, (config.mdlm, config.memdlm))):
         raise ValueError(f"under={config.under!r} must be empty: no folder holds an adapter")

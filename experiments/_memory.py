@@ -17,9 +17,9 @@ from ml_collections import config_dict
 from experiments import _cli
 from memdlm_jax import storage
 from memdlm_jax.checkpoints import hugging_face, trees
-from memdlm_jax.memory import fast_weights, generation, learned
+from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.learned import InnerParameters
+from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters
 from memdlm_jax.typing import Denoiser, Phi
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def written_lines(path: str) -> Iterator[str]:
             flat[above] = fast_weights.LowRank(array, arrays[f"{above}/B"], scale)
     phi = flax.traverse_util.unflatten_dict(flat, sep="/")
     yield f"{sum(a.size for a in arrays.values()):,} fast weights, written with {memory}"
-    for name, found in generation.describe(phi).items():
+    for name, found in fast_weights.describe(phi).items():
         for layer, (norm, rank) in enumerate(zip(found["norm"][0], found["rank"][0], strict=True)):
             # Of experts the mean.
             yield (
@@ -183,5 +183,5 @@ def inner_parameters(
         raise FileNotFoundError(
             f"memory.learned={memory.learned!r}, but {file} is not there: train with it first"
         )
-    template = jax.eval_shape(lambda key: learned.init(key, denoiser, memory), jax.random.key(0))
+    template = jax.eval_shape(InnerLoop(denoiser, memory).init_learned, jax.random.key(0))
     return trees.load(file, template)

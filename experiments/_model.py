@@ -19,8 +19,9 @@ from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.quantize import quantize, quantized_tree
 from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.parameters import partition
 from memdlm_jax.training.sharding import Layout, MeshConfig
-from memdlm_jax.typing import Theta, partition
+from memdlm_jax.typing import Theta
 
 logger = logging.getLogger(__name__)
 

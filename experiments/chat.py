@@ -30,10 +30,10 @@ from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import animation
 from memdlm_jax.evaluation.systems import replies, stopping
-from memdlm_jax.memory import generation
+from memdlm_jax.inference.generation import Generator
+from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.generation import Generator
-from memdlm_jax.memory.learned import InnerParameters
+from memdlm_jax.memory.inner_loop import InnerParameters, inner_loop_for
 from memdlm_jax.typing import Phi
 
 HELP = """\
@@ -164,11 +164,12 @@ class Chat:
             FileNotFoundError, ValueError: the folder lacks learned parts, or pieces are too long.
         """
         if memory not in self._answerers:
-            generator = Generator(self.denoiser, memory, self.decode)
-            self._answerers[memory] = Answerer(generator, self.theta, self._inner(memory))
+            inner_loop = inner_loop_for(self.denoiser, memory)
+            generator = Generator(self.denoiser, inner_loop, self.decode)
+            self._answerers[memory] = Answerer(generator, self.theta, self._learned(memory))
         self.memory, self.answerer = memory, self._answerers[memory]
 
-    def _inner(self, memory: MemoryConfig | None) -> InnerParameters | None:
+    def _learned(self, memory: MemoryConfig | None) -> InnerParameters | None:
         if memory is None:
             return None
         if memory.prompt_chunk > self.max_length:
@@ -228,7 +229,7 @@ class Chat:
         """What the last prompt wrote, matrix by matrix; of many experts the mean."""
         table = Table("matrix", "layer", "norm", "effective rank")
         first = self.answerer.generator.split
-        for path, found in generation.describe(self.phi).items():
+        for path, found in fast_weights.describe(self.phi).items():
             norm, rank = (
                 np.asarray(found[name])[0].reshape(found[name].shape[1], -1).mean(1)
                 for name in ("norm", "rank")

@@ -23,12 +23,14 @@ from ml_collections import config_dict
 from experiments import _cli, _model
 from memdlm_jax import storage
 from memdlm_jax.diffusion.samplers import DecodeConfig
+from memdlm_jax.inference.generation import Generator
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.generation import Generator
+from memdlm_jax.memory.inner_loop import inner_loop_for
 from memdlm_jax.models import lora
 from memdlm_jax.models.config import Remat
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.parameters import Partitioned
 from memdlm_jax.partitioning import row_shards
 from memdlm_jax.training import ahead_of_time
 from memdlm_jax.training import state as states
@@ -37,7 +39,7 @@ from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.sharding import Layout, MeshConfig
 from memdlm_jax.training.step import StepSetup
 from memdlm_jax.training.topology import Topology
-from memdlm_jax.typing import Partitioned, Theta
+from memdlm_jax.typing import Theta
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +136,7 @@ def work_of(config: CompileConfig, layout: Layout) -> Work:
         return _train(config, layout, denoiser, rows)
     theta = _model.shapes(denoiser, config.base, None)
     first, prompt = config.program == "decode_first", config.length - config.decode.length
-    generator = Generator(denoiser, config.memory, config.decode)
+    generator = Generator(denoiser, inner_loop_for(denoiser, config.memory), config.decode)
     return ahead_of_time.decode_step(layout, generator, theta, rows, prompt, first)
 
 
@@ -147,7 +149,8 @@ def _train(config: CompileConfig, layout: Layout, denoiser: Transformer, rows: i
     )  # fmt: skip
     dropout = config.lora is not None and config.lora.dropout > 0
     setup = StepSetup(
-        denoiser, config.optimizer, config.memory, capacity=config.capacity or None,
+        denoiser, config.optimizer, inner_loop_for(denoiser, config.memory),
+        capacity=config.capacity or None,
         dropout=lora.with_dropout if dropout else None,
     )  # fmt: skip
     return ahead_of_time.train_step(layout, setup, state, frozen, rows, config.length)

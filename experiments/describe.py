@@ -28,8 +28,9 @@ from memdlm_jax.models.config import runs_of
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.parameters import Partitioned
 from memdlm_jax.training import fit
-from memdlm_jax.typing import Partitioned, Theta
+from memdlm_jax.typing import Theta
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

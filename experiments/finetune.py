@@ -27,13 +27,14 @@ from memdlm_jax.checkpoints import hugging_face, peft
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline, resolved
 from memdlm_jax.data.prepare import DataConfig, PreparedData, prepare
 from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
-from memdlm_jax.diffusion.schedule import LinearSchedule
-from memdlm_jax.memory import learned
+from memdlm_jax.diffusion.schedule import Schedule
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import inner_loop_for, join_learned, split_learned
 from memdlm_jax.models import lora
 from memdlm_jax.models.config import Remat
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.parameters import Partitioned, merged, partition
 from memdlm_jax.training import fit, loop
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import Result, TrainConfig
@@ -41,7 +42,7 @@ from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.parallel import mesh_for
 from memdlm_jax.training.sharding import Layout, MeshConfig
 from memdlm_jax.training.step import StepSetup
-from memdlm_jax.typing import Batch, Partitioned, Theta, merged, partition
+from memdlm_jax.typing import Batch, Theta
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class FinetuneConfig:
     optimizer: OptimizerConfig
     train: TrainConfig
     memory: MemoryConfig | None
-    schedule: LinearSchedule
+    schedule: Schedule
     loss: LossConfig = PAPER_LOSS
     lora: LoraConfig | None = None
     base: _model.Base = "float32"
@@ -142,30 +143,30 @@ def finetune(config: FinetuneConfig) -> Result:
     check_mesh(layout, config, train.config.buckets)
     validation = validation_batches(prepared, config)
     logger.info("%s\n%s", prepared.describe(), train.describe())
-    memory = config.memory
+    inner_loop = inner_loop_for(denoiser, config.memory)
     setup = StepSetup(
-        denoiser, config.optimizer, memory, config.schedule, loss=config.loss,
+        denoiser, config.optimizer, inner_loop, config.schedule, loss=config.loss,
         dropout=lora.with_dropout if config.lora and config.lora.dropout else None,
     )  # fmt: skip
     identity = identity_of(config, prepared)
     # A number that no training step folds into the same seed.
     key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
-    inner = learned.init(key, denoiser, memory) if memory else None
+    learned = inner_loop.init_learned(key) if inner_loop else None
     trained, frozen = theta, None
     if isinstance(theta, Partitioned):
         trained, frozen = theta.trainable, theta.frozen
-    state = states.create(learned.join(trained, inner), config.optimizer)
+    state = states.create(join_learned(trained, learned), config.optimizer)
     result = loop.run(config.train, setup, state, train, validation, identity, frozen=frozen,
         mesh=mesh,
     )  # fmt: skip
     if result.finished:
         best = loop.load_best(config.train, setup, result, validation, identity)
         folder = storage.path(config.train.output) / "best"
-        trained, inner = learned.split(jax.tree.map(processes.whole, best))
+        trained, learned = split_learned(jax.tree.map(processes.whole, best))
         if processes.is_first():
             theta = trained if frozen is None else Partitioned(trained, frozen)
             export(folder, config, denoiser, theta)
-            _memory.save(folder, memory, inner)
+            _memory.save(folder, config.memory, learned)
             prepared.tokenizer.save(folder / "tokenizer.json")
             logger.info("best weights (step %s) in %s", result.best_step or "last", folder)
         # JAX gives up on a process that is waited for at its exit for long.

@@ -39,6 +39,7 @@ from memdlm_jax.evaluation.systems import (
     write_context,
 )
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import inner_loop_for
 from memdlm_jax.typing import Phi
 
 
@@ -199,10 +200,10 @@ def answers(config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, An
         ValueError: a prompt does not fit, or the context is empty.
     """
     denoiser, theta, tokenizer = _model.load(config.model, config.dtype, config.base, config.under)
-    name, inner = "mdlm", None
+    name, learned = "mdlm", None
     if config.memory:
-        name, inner = "memdlm", _memory.inner_parameters(config.model, denoiser, config.memory)
-    system = System(name, denoiser, theta, config.memory, inner)
+        name, learned = "memdlm", _memory.inner_parameters(config.model, denoiser, config.memory)
+    system = System(name, denoiser, theta, inner_loop_for(denoiser, config.memory), learned)
     max_length = config.max_length or denoiser.config.max_length
     context = read_context(config)
     phi = memory_of(config, system, tokenizer, context, max_length)

@@ -30,6 +30,7 @@ from memdlm_jax.evaluation.continuations import PUBLIC
 from memdlm_jax.evaluation.harness.requests import DECODE_FIELDS
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import inner_loop_for
 from memdlm_jax.processes import DistributedConfig
 
 try:
@@ -149,19 +150,20 @@ def system_of(config: HarnessConfig, changed: Mapping[str, Any]) -> tuple[System
     _model.resolve(places, "pretrained", "under")
     folder, under = places["pretrained"], places["under"]
     denoiser, theta, tokenizer = _model.load(folder, config.dtype, config.base, under)
-    memory = inner = None
+    memory = learned = None
     if config.memory:
         try:
             memory = _memory.settings(folder, changed)
         except (KeyError, TypeError, ValueError) as error:
             said = str(error.args[0]).replace("config.memory: memory.", "memory_")
             raise ValueError(f"model_args: {said.replace('config.memory.', 'memory_')}") from error
-        inner = _memory.inner_parameters(folder, denoiser, memory)
+        learned = _memory.inner_parameters(folder, denoiser, memory)
     trained = (storage.path(folder) / _memory.SETTINGS).exists()
     plain = "memdlm_train_only" if trained else "mdlm"
     name = config.system or ("memdlm" if config.memory else plain)
     max_length = config.max_length or denoiser.config.max_length
-    return System(name, denoiser, theta, memory, inner), tokenizer, max_length
+    inner_loop = inner_loop_for(denoiser, memory)
+    return System(name, denoiser, theta, inner_loop, learned), tokenizer, max_length
 
 
 @register_model("memdlm_jax")

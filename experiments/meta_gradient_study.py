@@ -28,10 +28,11 @@ from memdlm_jax import storage
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline
 from memdlm_jax.data.prepare import DataConfig, prepare
-from memdlm_jax.diffusion.schedule import LinearSchedule
+from memdlm_jax.diffusion.schedule import Schedule
 from memdlm_jax.evaluation import gradients
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.typing import Batch, Theta
 
@@ -63,7 +64,7 @@ class StudyConfig:
     data: DataConfig
     pipeline: PipelineConfig
     memory: MemoryConfig
-    schedule: LinearSchedule
+    schedule: Schedule
     batches: int = 8
     directions: int = 20
     checked: int = 3
@@ -199,22 +200,23 @@ def batches(config: StudyConfig, folder: Path) -> Iterator[Batch]:
 def arguments(
     config: StudyConfig, denoiser: Transformer, mode: Any, i: int, theta: Theta, batch: Batch
 ):
-    """What ``gradients.outer_loss`` takes for batch i: the same draws for every mode and model."""
+    """Arguments of ``gradients.memory_on_loss`` for batch i: one draw for all modes and models."""
     memory = dataclasses.replace(config.memory, meta_gradient=mode)
+    inner_loop = InnerLoop(denoiser, memory)
     key = jax.random.fold_in(jax.random.key(config.seed), i)
-    return denoiser, memory, config.schedule, theta, batch, key
+    return inner_loop, config.schedule, theta, batch, key
 
 
 def checked(config, denoiser, theta, batch, direction, slopes) -> dict[str, float]:
     """The newest slope of each mode beside the central differences along its direction."""
-    denoiser, memory, schedule, _, *rest = arguments(config, denoiser, "exact", 0, theta, batch)
-    loss = functools.partial(_loss_at, denoiser, memory, schedule, rest)
+    inner_loop, schedule, _, *rest = arguments(config, denoiser, "exact", 0, theta, batch)
+    loss = functools.partial(_loss_at, inner_loop, schedule, rest)
     truth = gradients.slope(loss, theta, direction, step=1e-3)
     return {mode: slopes[mode][-1] for mode in gradients.MODES} | {"central": truth}
 
 
-def _loss_at(denoiser, memory, schedule, rest, theta):
-    return gradients.outer_loss(denoiser, memory, schedule, theta, *rest)
+def _loss_at(inner_loop, schedule, rest, theta):
+    return gradients.memory_on_loss(inner_loop, schedule, theta, *rest)
 
 
 def as_table(models: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.needles import NeedleConfig
 from memdlm_jax.data.pretraining import PretrainingConfig
 from memdlm_jax.data.tokenizer import Tokenizer
-from memdlm_jax.diffusion.schedule import LinearSchedule
+from memdlm_jax.diffusion.schedule import Schedule
 from memdlm_jax.evaluation import needles
 from memdlm_jax.evaluation.needles import NeedleSuite
 from memdlm_jax.evaluation.systems import System
@@ -68,7 +68,7 @@ class PretrainConfig:
     train: TrainConfig
     optimizer: OptimizerConfig
     data: PretrainingConfig
-    schedule: LinearSchedule
+    schedule: Schedule
     induction: InductionInit | None = None
     start: str = ""
     tokenizer: str = ""
@@ -118,7 +118,7 @@ def run(config: PretrainConfig) -> tuple[Path, Result]:
     data = pretraining.load_data(config.data, tokenizer, config.validation_batches)
     setup = StepSetup(
         denoiser, config.optimizer, schedule=config.schedule,
-        corrupt=pretraining.corrupt(config.schedule),
+        corruption=pretraining.AnswersWhole(config.schedule),
     )  # fmt: skip
     identity = identity_of(config, data)
     state = states.create(first_theta(config, denoiser), config.optimizer)

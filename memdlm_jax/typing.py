@@ -1,4 +1,4 @@
-"""The shape vocabulary, the batch, and the protocol that every denoiser answers.
+"""Types only: the shape vocabulary, the batch, and the protocols of denoisers.
 
 Shape letters, used in every annotation of the project:
 
@@ -7,7 +7,7 @@ Shape letters, used in every annotation of the project:
 * ``n``: layers of a stack; ``s``: states of a trajectory
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -19,57 +19,6 @@ Key = jax.Array
 
 Theta = Any
 """Base parameters of a denoiser: a plain pytree of arrays."""
-
-
-@flax.struct.dataclass
-class Partitioned:
-    """Theta divided into what is trained and what is not.
-
-    Attributes:
-        trainable: slash-separated path -> leaf; the only leaves that gradients are taken of.
-        frozen: theta with ``None`` in the place of every trainable leaf.
-    """
-
-    trainable: dict[str, jax.Array]
-    frozen: Theta
-
-
-def partition(theta: Theta, trainable: Callable[[str], bool]) -> Partitioned:
-    """Divide theta by the slash-separated paths of its leaves.
-
-    Raises:
-        ValueError: no leaf is trainable.
-    """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(theta)
-    named = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in leaves]
-    chosen = {name: leaf for name, leaf in named if trainable(name)}
-    if not chosen:
-        raise ValueError(f"none of the {len(named)} leaves of theta is trainable")
-    rest = [None if name in chosen else leaf for name, leaf in named]
-    return Partitioned(chosen, jax.tree_util.tree_unflatten(structure, rest))
-
-
-def differentiable(theta: Theta) -> tuple[Any, Callable[[Any], Theta]]:
-    """The part of theta that derivatives are taken of, and a function that completes it again."""
-    if not isinstance(theta, Partitioned):
-        return theta, lambda leaves: leaves
-    frozen = theta.frozen
-    return theta.trainable, lambda leaves: Partitioned(leaves, frozen)
-
-
-def merged(theta: Theta) -> Theta:
-    """Theta in one tree again; anything but a ``Partitioned`` is returned as it is."""
-    if not isinstance(theta, Partitioned):
-        return theta
-    leaves, structure = jax.tree_util.tree_flatten_with_path(
-        theta.frozen, is_leaf=lambda leaf: leaf is None
-    )
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    filled = [
-        theta.trainable.get(name) if leaf is None else leaf
-        for name, (_, leaf) in zip(names, leaves, strict=True)
-    ]
-    return jax.tree_util.tree_unflatten(structure, filled)
 
 
 Phi = Any
@@ -101,14 +50,32 @@ class Batch:
     padding: Bool[Array, "b l"] | None = None
 
 
+@flax.struct.dataclass
+class Context:
+    """What surrounds the tokens of a row.
+
+    Attributes:
+        attend: bool, the keys that every query may attend to [b, l], or those of each query
+            [b, l, l]; ``None`` is all of them. Beside a cache the keys are the cached columns
+            followed by the given ones; a column that is in both must be seen once.
+        position_ids: [b, l] int32; ``None`` is 0 .. l-1.
+    """
+
+    attend: jax.Array | None = None
+    position_ids: Tokens | None = None
+
+
+EVERYTHING = Context()
+"""All tokens are seen, at positions 0 .. l-1."""
+
+
 @runtime_checkable
 class Denoiser(Protocol):
-    """Pure functions of theta that memory, objective and decoding need of a backbone.
+    """The pure functions of theta that memory, objective and decoding need from a backbone.
 
     ``split`` divides the layers: ``trunk`` runs the embedding and layers ``0 .. split - 1``, which
     never read fast weights; ``head`` runs layers ``split .. num_layers - 1``, which read ``phi``.
-    ``attend`` is bool: the keys that every query may attend to [b, l], or those of each query
-    [b, l, l]; ``None`` is all of them. Position i of what ``head`` returns predicts token i.
+    Position i of what ``head`` returns predicts token i.
     """
 
     @property
@@ -122,26 +89,13 @@ class Denoiser(Protocol):
         ...
 
     def trunk(
-        self,
-        theta: Theta,
-        tokens: Tokens,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
-        *,
-        split: int,
+        self, theta: Theta, tokens: Tokens, context: Context = EVERYTHING, *, split: int
     ) -> Hidden:
         """Embed the tokens and run layers ``0 .. split - 1``."""
         ...
 
     def head(
-        self,
-        theta: Theta,
-        phi: Phi,
-        hidden: Hidden,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
-        *,
-        split: int,
+        self, theta: Theta, phi: Phi, hidden: Hidden, context: Context = EVERYTHING, *, split: int
     ) -> Hidden:
         """Run layers ``split .. num_layers - 1`` with fast weights; stops before the final norm."""
         ...
@@ -163,8 +117,26 @@ class Denoiser(Protocol):
 
 
 @runtime_checkable
-class SelectiveDenoiser(Denoiser, Protocol):
-    """A denoiser whose head can leave out what nobody reads of its last layer."""
+class EfficientDenoiser(Denoiser, Protocol):
+    """A denoiser with everything that saves work; the results equal those of ``Denoiser``.
+
+    It can compute the loss by parts of the vocabulary, run its last layer at some positions only,
+    stop inside its first head layer before fast weights are read, and keep keys and values.
+    """
+
+    @property
+    def vocab_chunk(self) -> int:
+        """Tokens of the vocabulary that the loss takes at a time; 0 for all."""
+        ...
+
+    @property
+    def lookback(self) -> int:
+        """How many preceding columns the denoiser needs to predict the token of a column."""
+        ...
+
+    def unembedding(self, theta: Theta) -> Float[Array, "d v"]:
+        """The output matrix, applied after ``normalise``."""
+        ...
 
     def head_at(
         self,
@@ -172,23 +144,13 @@ class SelectiveDenoiser(Denoiser, Protocol):
         phi: Phi,
         hidden: Hidden,
         at: Int[Array, "b c"],
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
+        context: Context = EVERYTHING,
         *,
         split: int,
+        entered: bool = False,
     ) -> Float[Array, "b c d"]:
-        """What ``head`` returns at these positions."""
+        """What ``head`` returns at these positions; ``entered``: from what ``enter`` returned."""
         ...
-
-
-@runtime_checkable
-class EnteringDenoiser(SelectiveDenoiser, Protocol):
-    """A denoiser whose first head layer can be run up to where fast weights are first read.
-
-    ``head_at(theta, phi, hidden, at, ...)`` equals
-    ``head_entered(theta, phi, enter(theta, hidden, at, ...), at, ...)``. What ``enter`` computes
-    does not depend on phi, so that it is computed once for all that read the same state.
-    """
 
     def can_enter(self, paths: Collection[str]) -> bool:
         """Whether ``enter`` reads none of these paths of ``adaptable``."""
@@ -199,69 +161,34 @@ class EnteringDenoiser(SelectiveDenoiser, Protocol):
         theta: Theta,
         hidden: Hidden,
         at: Int[Array, "b c"],
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
+        context: Context = EVERYTHING,
         *,
         split: int,
     ) -> Hidden:
-        """Run layer ``split`` up to its feed-forward: [b, l, d], of the last layer [b, c, d]."""
-        ...
+        """Run layer ``split`` up to its feed-forward: [b, l, d], of the last layer [b, c, d].
 
-    def head_entered(
-        self,
-        theta: Theta,
-        phi: Phi,
-        entered: Hidden,
-        at: Int[Array, "b c"],
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
-        *,
-        split: int,
-    ) -> Float[Array, "b c d"]:
-        """The rest of ``head_at``."""
-        ...
-
-
-@runtime_checkable
-class ChunkingDenoiser(Denoiser, Protocol):
-    """A denoiser whose loss may be taken without ever holding logits of the whole vocabulary."""
-
-    @property
-    def vocab_chunk(self) -> int:
-        """Tokens of the vocabulary at a time; 0 for all."""
-        ...
-
-    def unembedding(self, theta: Theta) -> Float[Array, "d v"]:
-        """The output matrix, applied behind ``normalise``."""
-        ...
-
-
-@runtime_checkable
-class CachingDenoiser(Denoiser, Protocol):
-    """A denoiser that can run on some columns of a row, attending to the cached rest.
-
-    A cache holds the keys and values of layers at columns of a row. Both functions return what
-    their namesake returns at the given columns, and the keys and values of these columns, which
-    with ``cache=None`` are a first cache. The keys of ``attend`` are the cached columns and behind
-    them the given ones: a column that is in both must be seen once.
-    """
-
-    @property
-    def lookback(self) -> int:
-        """Columns that must stand before the first one that predictions are wanted at."""
+        This part does not depend on phi, so it is computed once for everything that reads the same
+        state.
+        """
         ...
 
     def trunk_with_cache(
         self,
         theta: Theta,
         tokens: Tokens,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
+        context: Context = EVERYTHING,
         cache: Cache | None = None,
         *,
         split: int,
     ) -> tuple[Hidden, Cache]:
-        """``trunk`` with keys and values."""
+        """``trunk`` on some columns of a row, attending to the cached ones too.
+
+        A cache holds the keys and values of layers at columns of a row.
+
+        Returns:
+            What ``trunk`` returns at the given columns, and the keys and values of these columns;
+            with ``cache=None`` they are a first cache.
+        """
         ...
 
     def head_with_cache(
@@ -269,11 +196,10 @@ class CachingDenoiser(Denoiser, Protocol):
         theta: Theta,
         phi: Phi,
         hidden: Hidden,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
+        context: Context = EVERYTHING,
         cache: Cache | None = None,
         *,
         split: int,
     ) -> tuple[Hidden, Cache]:
-        """``head`` with keys and values."""
+        """``head`` on some columns of a row, see ``trunk_with_cache``."""
         ...

@@ -26,7 +26,8 @@ from memdlm_jax.checkpoints.families import Entry
 from memdlm_jax.checkpoints.weights import Stored
 from memdlm_jax.models.lora import Adapted, LoraConfig, kernels
 from memdlm_jax.models.transformer import Transformer
-from memdlm_jax.typing import Theta, merged
+from memdlm_jax.parameters import merged
+from memdlm_jax.typing import Theta
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

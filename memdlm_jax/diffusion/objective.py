@@ -1,4 +1,9 @@
-"""The masked diffusion loss, with logits only at the target positions."""
+"""Masked diffusion language modelling: corrupt rows, and take the MDLM loss on them.
+
+``draw_anchor`` draws the corrupted rows x_t, ``mdlm_loss`` is the loss of the plain model on them
+(paper, equation 2), and ``state_loss`` is that loss from last hidden states, which memory shares.
+Logits exist at the target positions only.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +15,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from memdlm_jax import partitioning
-from memdlm_jax.typing import Batch, ChunkingDenoiser, Denoiser, Hidden, Mask, Theta, Tokens
+from memdlm_jax.diffusion import masking
+from memdlm_jax.diffusion.schedule import Schedule
+from memdlm_jax.typing import (
+    Batch,
+    Context,
+    Denoiser,
+    EfficientDenoiser,
+    Hidden,
+    Key,
+    Mask,
+    Phi,
+    Theta,
+    Tokens,
+)
+
+Corruption = Callable[[Key, Batch], tuple[Mask, Float[Array, "b"]]]
+"""(key, batch) -> (mask [b, l] within ``maskable``, loss weight [b]): a forward process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +43,28 @@ class LossConfig:
         normalisation: divide the batch's sum by its maskable tokens (``token``, the paper) or by
             its rows (``batch``), or each row's by its maskable tokens, then by the rows
             (``sequence``). Rows without a maskable token do not count.
+        padding: supervised padding (``Batch.padding``) is masked and learnt like a response
+            (``masked``), or stays visible and carries no loss (``visible``).
     """
 
     weighting: Literal["scheduler", "uniform"] = "scheduler"
     normalisation: Literal["token", "sequence", "batch"] = "token"
+    padding: Literal["masked", "visible"] = "masked"
 
     def __post_init__(self):
-        choices = {"weighting": ("scheduler", "uniform")}
-        choices["normalisation"] = ("token", "sequence", "batch")
+        choices = {
+            "weighting": ("scheduler", "uniform"),
+            "normalisation": ("token", "sequence", "batch"),
+            "padding": ("masked", "visible"),
+        }
         for field, known in choices.items():
             if getattr(self, field) not in known:
                 listed = ", ".join(map(repr, known))
                 raise ValueError(f"loss.{field}={getattr(self, field)!r} must be one of {listed}")
+
+    def supervised(self, batch: Batch) -> Batch:
+        """The batch as the loss sees it; see ``padding``."""
+        return batch if self.padding == "masked" else without_padding(batch)
 
     def row_weights(self, weight: Float[Array, "b"], batch: Batch) -> Float[Array, "b"]:
         """Turn the schedule's weights into those of the rows' summed losses."""
@@ -68,6 +99,129 @@ class Targets:
     present: Bool[Array, "b c"]
 
 
+@flax.struct.dataclass
+class NoisyState:
+    """One noisy state of every row, with the targets to predict on it.
+
+    Attributes:
+        tokens: [b, l] int32, with mask tokens in it.
+        targets: clean tokens at the supervised positions.
+        weight: [b] weight of each row's summed loss. Inner losses carry their normaliser in it.
+    """
+
+    tokens: Tokens
+    targets: Targets
+    weight: Float[Array, "b"]
+
+
+@flax.struct.dataclass
+class Anchor:
+    """The rows of the outer loss: x_t, its targets and their surroundings.
+
+    Attributes:
+        state: x_t, all its masked positions as targets, and the weights of the rows.
+        context: who may be attended to.
+        maskable: [b] int32, maskable tokens of every row.
+        mask: [b, l] bool, the masked positions.
+        weight: [b] w(t) of every row, before ``LossConfig.row_weights``.
+    """
+
+    state: NoisyState
+    context: Context
+    maskable: Int[Array, "b"]
+    mask: Mask
+    weight: Float[Array, "b"]
+
+
+def without_padding(batch: Batch) -> Batch:
+    """The batch with its supervised padding visible to all and learnt by none."""
+    if batch.padding is None:
+        return batch
+    return dataclasses.replace(batch, maskable=batch.maskable & ~batch.padding)
+
+
+def draw_anchor(
+    key: Key,
+    batch: Batch,
+    mask_token_id: int,
+    corruption: Schedule | Corruption,
+    loss: LossConfig = PAPER_LOSS,
+    capacity: int | None = None,
+) -> Anchor:
+    """Corrupt the rows for the outer loss (paper, section 2).
+
+    Args:
+        key: PRNG key.
+        batch: clean rows.
+        mask_token_id: id of the mask token.
+        corruption: a schedule: every row draws a time t, every maskable token is masked with
+            probability ``mask_ratio(t)``; or any other forward process.
+        loss: how the rows are weighed.
+        capacity: target slots of a row, see ``gather_targets``.
+    """
+    if isinstance(corruption, Schedule):
+        time_key, mask_key = jax.random.split(key)
+        t = corruption.sample_times(time_key, batch.tokens.shape[0])
+        mask = masking.bernoulli_mask(mask_key, batch.maskable, corruption.mask_ratio(t))
+        weight = corruption.weight(t)
+    else:
+        mask, weight = corruption(key, batch)
+    tokens = masking.apply_mask(batch.tokens, mask, mask_token_id)
+    targets = gather_targets(batch.tokens, mask, capacity)
+    state = NoisyState(tokens, targets, loss.row_weights(weight, batch))
+    return Anchor(state, Context(batch.valid), batch.maskable.sum(-1), mask, weight)
+
+
+def mdlm_loss(denoiser: Denoiser, theta: Theta, anchor: Anchor) -> Float[Array, ""]:
+    """The MDLM loss of the plain model (paper, equation 2): a weighted sum, not yet normalised.
+
+    Returns:
+        Sum over rows and targets of w(t) * -log p(x_0 | x_t), in nats. The mean per token divides
+        it by the *maskable* tokens of the whole batch, masked or not.
+    """
+    split, at = plain_split(denoiser), anchor.state.targets.positions
+    hidden = denoiser.trunk(theta, anchor.state.tokens, anchor.context, split=split)
+    last = head_at(denoiser, theta, None, hidden, at, anchor.context, split=split)
+    return state_loss(denoiser, theta, last, anchor.state)
+
+
+def state_loss(
+    denoiser: Denoiser, theta: Theta, last_hidden: Float[Array, "b c d"], state: NoisyState
+) -> Float[Array, ""]:
+    """Weighted sum of -log p over the targets of a state, from the last hidden states there."""
+    losses = label_losses(denoiser, theta, last_hidden, state.targets)
+    return weighted_sum(losses, state.targets, state.weight)
+
+
+def plain_split(denoiser: Denoiser) -> int:
+    """Trunk layers of a model without memory: all but the last, which ``head_at`` cuts short."""
+    return denoiser.num_layers - 1
+
+
+def head_at(
+    denoiser: Denoiser,
+    theta: Theta,
+    phi: Phi,
+    hidden: Hidden,
+    at: Int[Array, "b c"],
+    context: Context,
+    *,
+    split: int,
+    entered: bool = False,
+) -> Float[Array, "b c d"]:
+    """Last hidden states [b, c, d] at positions ``at`` alone, before the final norm.
+
+    An ``EfficientDenoiser`` runs its last layer at these positions only; any other runs it
+    everywhere. With ``entered``, ``hidden`` is what ``EfficientDenoiser.enter`` returned.
+    """
+    if isinstance(denoiser, EfficientDenoiser):
+        return denoiser.head_at(theta, phi, hidden, at, context, split=split, entered=entered)
+    if entered:
+        raise TypeError(f"entered=True, but {type(denoiser).__name__} is no EfficientDenoiser")
+    last = denoiser.head(theta, phi, hidden, context, split=split)
+    return jnp.take_along_axis(last, at[..., None], axis=1)
+
+
 def gather_targets(tokens: Tokens, mask: Mask, capacity: int | None = None) -> Targets:
     """List the masked positions of every row in order, in ``capacity`` static slots.
 
@@ -88,11 +242,6 @@ def gather_targets(tokens: Tokens, mask: Mask, capacity: int | None = None) -> T
         labels=jnp.take_along_axis(tokens, order, axis=1),
         present=jnp.take_along_axis(mask, order, axis=1),
     )
-
-
-def hidden_at(hidden: Hidden, targets: Targets) -> Float[Array, "b c d"]:
-    """Pick the hidden states of the target positions."""
-    return jnp.take_along_axis(hidden, targets.positions[..., None], axis=1)
 
 
 def weighted_sum(
@@ -178,9 +327,9 @@ def label_losses(
 ) -> Float[Array, "b c"]:
     """-log p(label) of every slot from its last hidden state, in nats.
 
-    By chunks of the vocabulary where the denoiser says so (``ChunkingDenoiser``).
+    By chunks of the vocabulary where the denoiser says so (``EfficientDenoiser.vocab_chunk``).
     """
-    if isinstance(denoiser, ChunkingDenoiser) and denoiser.vocab_chunk:
+    if isinstance(denoiser, EfficientDenoiser) and denoiser.vocab_chunk:
         normalised, kernel = denoiser.normalise(theta, last_hidden), denoiser.unembedding(theta)
         return chunked_token_losses(normalised, kernel, targets, denoiser.vocab_chunk)
     return token_losses(denoiser.readout(theta, last_hidden), targets)
@@ -189,31 +338,3 @@ def label_losses(
 def row_losses(logits: Float[Array, "b c v"], targets: Targets) -> Float[Array, "b"]:
     """Sum of -log p(label) over each row's targets, in nats; zero for a row without any."""
     return jnp.sum(jnp.where(targets.present, token_losses(logits, targets), 0.0), axis=-1)
-
-
-def correct_counts(logits: Float[Array, "b c v"], targets: Targets) -> Int[Array, "b"]:
-    """Number of each row's targets whose most probable token is the label."""
-    hits = (jnp.argmax(logits, axis=-1) == targets.labels) & targets.present
-    return jnp.sum(hits, axis=-1)
-
-
-def diffusion_loss(
-    readout: Callable[[Hidden], jax.Array],
-    hidden: Hidden,
-    targets: Targets,
-    weight: Float[Array, "b"],
-) -> Float[Array, ""]:
-    """Weighted sum over rows and targets of -log p(x_0 | x_t), in nats (not yet normalised).
-
-    Args:
-        readout: maps hidden states [b, c, d] to logits [b, c, v].
-        hidden: [b, l, d] last hidden states on x_t.
-        targets: the masked positions.
-        weight: [b] loss weight w(t) of every row.
-
-    Returns:
-        Scalar sum. The MDLM loss divides it by the number of *maskable* tokens of the whole
-        batch; an inner loss divides it by the number of targets (paper, sections 2 and 4).
-    """
-    losses = token_losses(readout(hidden_at(hidden, targets)), targets)
-    return weighted_sum(losses, targets, weight)

@@ -21,7 +21,7 @@ import numpy as np
 
 from memdlm_jax.models.dream import Dream
 from memdlm_jax.models.transformer import Transformer
-from memdlm_jax.typing import Theta
+from memdlm_jax.typing import Context, Theta
 
 TOLERANCE = 5e-5
 _BFLOAT16 = "logits_bf16_compute"
@@ -180,8 +180,8 @@ class _Replay:
         return mask.astype(jnp.float32) if bias else mask
 
     def _inspect(self, case: str) -> dict[str, Any]:
-        attend, positions = self.where(case)
-        return jax.jit(self.denoiser.inspect)(self.theta, self._tokens, attend, positions)
+        context = Context(*self.where(case))
+        return jax.jit(self.denoiser.inspect)(self.theta, self._tokens, context)
 
     def hidden(self, case: str) -> jax.Array:
         """Embeddings and outputs of every layer, [n + 1, b, l, d]."""
@@ -211,12 +211,12 @@ class _Replay:
 
     def _logits(self, denoiser: Transformer, case: str) -> jax.Array:
         split = denoiser.num_layers - 1
-        attend, positions = self.where(case)
+        context = Context(*self.where(case))
 
         @jax.jit
         def run(theta):
-            hidden = denoiser.trunk(theta, self._tokens, attend, positions, split=split)
-            last = denoiser.head(theta, None, hidden, attend, positions, split=split)
+            hidden = denoiser.trunk(theta, self._tokens, context, split=split)
+            last = denoiser.head(theta, None, hidden, context, split=split)
             return denoiser.readout(theta, last)
 
         return run(self.theta)

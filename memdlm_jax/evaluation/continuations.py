@@ -28,7 +28,6 @@ from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import exposure_bias, likelihood
 from memdlm_jax.evaluation.likelihood import GOLDEN_RATIO, LikelihoodConfig, Written, up_to
 from memdlm_jax.evaluation.systems import System, check_tokens
-from memdlm_jax.memory import fast_weights
 from memdlm_jax.typing import Batch, Denoiser, Key, Theta
 
 Ids = Sequence[int]
@@ -164,7 +163,7 @@ def _remembered(
     """Memory of a few contexts at a time, and for each place with one of them, which it is."""
     if system.memory is None:
         yield (
-            Written(None, fast_weights.plain_split(system.denoiser)),
+            Written(None, objective.plain_split(system.denoiser)),
             dict.fromkeys(range(len(contexts)), 0),
         )
         return
@@ -181,8 +180,8 @@ def _remembered(
             keys, _ = context_keys(padded, seed)
             rows = [Row(np.array(text, np.int32), len(text)) for text in padded]
             written = _write(
-                system.denoiser, system.memory, system.theta, keys,
-                likelihood.pad_rows(rows, pad), system.inner,
+                system.denoiser, system.inner_loop, system.theta, keys,
+                likelihood.pad_rows(rows, pad), system.learned,
             )  # fmt: skip
             yield written, {place: i for i, text in enumerate(some) for place in places[text]}
 
@@ -205,9 +204,9 @@ def _batches(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _write(denoiser, memory, theta, keys, batch, inner) -> Written:
+def _write(denoiser, inner_loop, theta, keys, batch, learned) -> Written:
     memory_keys, _ = likelihood.split_keys(keys)
-    return likelihood.write(denoiser, memory, theta, memory_keys, batch, inner)
+    return likelihood.write(denoiser, inner_loop, theta, memory_keys, batch, learned)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -21,8 +21,7 @@ from memdlm_jax.diffusion.objective import Targets
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import likelihood, statistics
 from memdlm_jax.evaluation.systems import System
-from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.learned import InnerParameters
+from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters
 from memdlm_jax.typing import Batch, Denoiser, Key, Theta, Tokens
 
 
@@ -56,34 +55,34 @@ def masked_counts(maskable: Int[Array, "b"], steps: int) -> Int[Array, "s b"]:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def row_curves(
     denoiser: Denoiser,
-    memory: MemoryConfig | None,
+    inner_loop: InnerLoop | None,
     steps: int,
     capacity: int,
     theta: Theta,
     key: Key,
     rows: Int[Array, "b"],
     batch: Batch,
-    inner: InnerParameters | None = None,
+    learned: InnerParameters | None = None,
 ) -> tuple[Float[Array, "s b"], Float[Array, "s b"]]:
     """Mean loss of the still masked tokens before every step, in nats, by both ways of masking.
 
     Args:
         denoiser: the backbone.
-        memory: write the row's prompt (its valid tokens that are not maskable) into memory first;
-            ``None`` is the plain model.
+        inner_loop: writes the row's prompt (its valid tokens that are not maskable) into memory
+            first; ``None`` is the plain model.
         steps: denoising steps.
         capacity: target slots, at least the maskable tokens of any row.
         theta: base parameters.
         key: PRNG key, the same for every batch.
-        rows: number of every row; a row's masks hang on it alone, not on its neighbours.
+        rows: number of every row; a row's masks depend on it only, not on its neighbours.
         batch: clean rows [b, l], padded on the right, each with a maskable token.
-        inner: the learned inner loop's parameters.
+        learned: learned parts of the inner loop.
 
     Returns:
         (static, sequential), [steps, b] each.
     """
     memory_keys, mask_keys = likelihood.row_keys(key, rows)
-    written = likelihood.write(denoiser, memory, theta, memory_keys, batch, inner)
+    written = likelihood.write(denoiser, inner_loop, theta, memory_keys, batch, learned)
     response = objective.gather_targets(batch.tokens, batch.maskable, capacity)
     counts = masked_counts(batch.maskable.sum(-1), steps)
 
@@ -205,8 +204,8 @@ def dataset_curves(
 
     def curves(places, batch, capacity):
         found = row_curves(
-            system.denoiser, system.memory, config.steps, capacity, system.theta,
-            jax.random.key(config.seed), places, batch, system.inner,
+            system.denoiser, system.inner_loop, config.steps, capacity, system.theta,
+            jax.random.key(config.seed), places, batch, system.learned,
         )  # fmt: skip
         return tuple(curve.T for curve in found)
 

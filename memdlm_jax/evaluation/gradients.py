@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdlm_jax.diffusion.schedule import LinearSchedule
+from memdlm_jax.diffusion import objective
+from memdlm_jax.diffusion.schedule import Schedule
 from memdlm_jax.memory import meta_gradient
-from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.typing import Batch, Denoiser, Key, Theta
+from memdlm_jax.memory.inner_loop import InnerLoop
+from memdlm_jax.typing import Batch, Key, Theta
 
 MODES = ("first_order", "trunk_stopped", "exact")
 
@@ -19,23 +20,25 @@ Named = dict[str, np.ndarray]
 """Name of a parameter, or of one layer of a stacked one -> array."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def outer_loss(
-    denoiser: Denoiser, memory: MemoryConfig, schedule: LinearSchedule, theta: Theta,
-    batch: Batch, key: Key,
-) -> jax.Array:  # fmt: skip
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def memory_on_loss(
+    inner_loop: InnerLoop, schedule: Schedule, theta: Theta, batch: Batch, key: Key
+) -> jax.Array:
     """Memory-on loss in nats per maskable token, everything drawn from ``key``."""
-    phi, anchor, states = meta_gradient.draw(key, denoiser, memory, batch, schedule)
+    phi_key, anchor_key, mask_key = jax.random.split(key, 3)
+    mask_token_id = inner_loop.denoiser.mask_token_id
+    anchor = objective.draw_anchor(anchor_key, batch, mask_token_id, schedule)
+    phi, trajectory = inner_loop.draw((phi_key, mask_key, None), batch, anchor, schedule)
     # The memory is float32 over any base; here it follows theta, for differences in float64.
     phi = jax.tree.map(lambda leaf: leaf.astype(jax.tree.leaves(theta)[0].dtype), phi)
-    total, sums = meta_gradient.outer_loss(
-        denoiser, memory, theta, phi, batch, anchor, states, with_memory_off=False
+    total, _ = meta_gradient.outer_loss(
+        inner_loop, theta, None, phi, trajectory, anchor, with_memory_off=False
     )
-    return total / jnp.maximum(sums.maskable, 1)
+    return total / jnp.maximum(anchor.maskable.sum(), 1)
 
 
-gradient = jax.jit(jax.grad(outer_loss, argnums=3), static_argnums=(0, 1, 2))
-"""Gradient of ``outer_loss`` in theta, under the memory's meta-gradient."""
+gradient = jax.jit(jax.grad(memory_on_loss, argnums=2), static_argnums=(0, 1))
+"""Gradient of ``memory_on_loss`` in theta, under the memory's meta-gradient."""
 
 
 def slope(loss: Any, theta: Theta, direction: Theta, step: float) -> float:

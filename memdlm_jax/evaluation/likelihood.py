@@ -21,10 +21,9 @@ from memdlm_jax.diffusion.objective import Targets
 from memdlm_jax.evaluation import statistics
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory import fast_weights
-from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.learned import InnerParameters
-from memdlm_jax.memory.prompt_memory import write_prompts
-from memdlm_jax.typing import Batch, Denoiser, Key, Mask, Phi, Theta, Tokens
+from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters
+from memdlm_jax.memory.written import write_prompts
+from memdlm_jax.typing import Batch, Context, Denoiser, Key, Mask, Phi, Theta, Tokens
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -123,27 +122,27 @@ def split_keys(keys: Key) -> tuple[Key, Key]:
 
 def write(
     denoiser: Denoiser,
-    memory: MemoryConfig | None,
+    inner_loop: InnerLoop | None,
     theta: Theta,
     keys: Key,
     batch: Batch,
-    inner: InnerParameters | None = None,
+    learned: InnerParameters | None = None,
 ) -> Written:
     """Write every row's prompt, its valid tokens that are not maskable, into memory of its own.
 
     Args:
         denoiser: the backbone.
-        memory: how; ``None`` writes nothing.
+        inner_loop: how; ``None`` writes nothing.
         theta: base parameters.
         keys: [b] one PRNG key per row.
         batch: clean rows [b, l], padded on the right.
-        inner: the learned inner loop's parameters.
+        learned: learned parts of the inner loop.
     """
-    if memory is None:
-        return Written(None, fast_weights.plain_split(denoiser))
+    if inner_loop is None:
+        return Written(None, objective.plain_split(denoiser))
     prompt = batch.valid & ~batch.maskable
-    phi, _ = write_prompts(keys, denoiser, memory, theta, batch.tokens, prompt, inner)
-    return Written(phi, fast_weights.split_of(denoiser, memory))
+    phi, _ = write_prompts(keys, inner_loop, theta, batch.tokens, prompt, learned)
+    return Written(phi, inner_loop.split)
 
 
 def logits_at(
@@ -155,10 +154,10 @@ def logits_at(
     targets: Targets,
 ) -> Float[Array, "b c v"]:
     """What the model says at the targets of rows ``tokens``, with what is written in memory."""
-    split = written.split
-    hidden = denoiser.trunk(theta, tokens, valid, split=split)
+    split, context = written.split, Context(valid)
+    hidden = denoiser.trunk(theta, tokens, context, split=split)
     last = fast_weights.head_with_memory(
-        denoiser, theta, written.phi, hidden, valid, split=split, at=targets.positions
+        denoiser, theta, written.phi, hidden, context, split=split, at=targets.positions
     )
     return denoiser.readout(theta, last)
 
@@ -215,31 +214,31 @@ def sampled_losses(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def row_losses(
     denoiser: Denoiser,
-    memory: MemoryConfig | None,
+    inner_loop: InnerLoop | None,
     samples: int,
     capacity: int,
     theta: Theta,
     key: Key,
     rows: Int[Array, "b"],
     batch: Batch,
-    inner: InnerParameters | None = None,
+    learned: InnerParameters | None = None,
 ) -> Float[Array, "b"]:
     """MDLM bound on -log p(response | prompt) of every row, in nats: mean of ``sampled_losses``.
 
     Args:
         denoiser: the backbone.
-        memory: write the row's prompt (its valid tokens that are not maskable) into memory first;
-            ``None`` is the plain model.
+        inner_loop: writes the row's prompt (its valid tokens that are not maskable) into memory
+            first; ``None`` is the plain model.
         samples: masked copies of every row.
         capacity: target slots, at least the maskable tokens of any row.
         theta: base parameters.
         key: PRNG key, the same for every batch.
-        rows: number of every row; a row's masks hang on it alone, not on its neighbours.
+        rows: number of every row; a row's masks depend on it only, not on its neighbours.
         batch: clean rows [b, l], padded on the right.
-        inner: the learned inner loop's parameters.
+        learned: learned parts of the inner loop.
     """
     memory_keys, mask_keys = row_keys(key, rows)
-    written = write(denoiser, memory, theta, memory_keys, batch, inner)
+    written = write(denoiser, inner_loop, theta, memory_keys, batch, learned)
     losses = sampled_losses(denoiser, samples, capacity, theta, written, mask_keys, rows, batch)
     return losses.mean(0)
 
@@ -313,8 +312,8 @@ def dataset_losses(
 
     def losses(places, batch, capacity):
         return row_losses(
-            system.denoiser, system.memory, config.samples, capacity, system.theta,
-            jax.random.key(config.seed), places, batch, system.inner,
+            system.denoiser, system.inner_loop, config.samples, capacity, system.theta,
+            jax.random.key(config.seed), places, batch, system.learned,
         )  # fmt: skip
 
     return over_rows(losses, rows, pad_token_id, batch_size)

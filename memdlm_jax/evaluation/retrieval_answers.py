@@ -20,9 +20,9 @@ from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import retrieval_probes, systems
 from memdlm_jax.evaluation.retrieval_probes import Condition, Probe
 from memdlm_jax.evaluation.systems import System
-from memdlm_jax.memory import generation
-from memdlm_jax.memory.generation import Generator
-from memdlm_jax.memory.reader import MemoryReader
+from memdlm_jax.inference import generation
+from memdlm_jax.inference.generation import Generator, Prompts
+from memdlm_jax.inference.memory_reader import MemoryReader
 from memdlm_jax.typing import Key, Phi, Theta
 
 Memory = Literal["off", "on", "control"]
@@ -126,7 +126,8 @@ def ask(
         (answers, log-probabilities of the response's tokens when all are masked, and when those
         before are in view; the latter are zero from place ``passes`` on).
     """
-    progress = generation.start(generator, theta, keys, asked.tokens, asked.valid, phi=phi)
+    prompts = Prompts(keys, asked.tokens, asked.valid)
+    progress = generation.start(generator, theta, prompts, phi=phi)
     progress = dataclasses.replace(progress, canvas=hide(progress.canvas, asked))
     progress = generation.advance(generator, theta, progress, generator.config.num_blocks)
     scores = _log_probabilities(generator, passes, theta, phi, asked)
@@ -161,7 +162,7 @@ _write = jax.jit(generation.write, static_argnums=0)
 
 def generator_of(system: System, memory: Memory, decode: DecodeConfig) -> Generator:
     """Who answers: the system, without its memory if that is off."""
-    return Generator(system.denoiser, None if memory == "off" else system.memory, decode)
+    return Generator(system.denoiser, None if memory == "off" else system.inner_loop, decode)
 
 
 def memories(system: System) -> tuple[Memory, ...]:
@@ -216,7 +217,7 @@ class Writer:
             return
         texts = [[retrieval_probes.written(p, run.written) for p in x] for x in (probes, others)]
         longest = max(map(len, itertools.chain(*texts)))
-        settings = self._generator.memory
+        settings = system.memory
         if longest > run.max_length and not (settings and settings.prompt_chunk):
             raise ValueError(
                 f"the longest text to be written has {longest} tokens; it must have at most "
@@ -230,10 +231,8 @@ class Writer:
         if self._texts is None:
             return None
         system, (tokens, valid) = self._system, self._texts
-        return _write(
-            self._generator, system.theta, rows.keys, tokens[rows.places], valid[rows.places],
-            system.inner,
-        )[0]  # fmt: skip
+        prompts = Prompts(rows.keys, tokens[rows.places], valid[rows.places])
+        return _write(self._generator, system.theta, prompts, system.learned)[0]
 
 
 def answer(

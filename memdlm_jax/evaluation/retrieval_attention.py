@@ -13,10 +13,10 @@ from memdlm_jax.evaluation import retrieval_answers, statistics
 from memdlm_jax.evaluation.retrieval_answers import Asked, Memory, Run, Writer
 from memdlm_jax.evaluation.retrieval_probes import Probe, Span
 from memdlm_jax.evaluation.systems import System
-from memdlm_jax.memory.generation import Generator
+from memdlm_jax.inference.generation import Generator
 from memdlm_jax.models.attention import attention_weights, sees_block
 from memdlm_jax.models.transformer import Transformer
-from memdlm_jax.typing import Denoiser, Phi, Theta
+from memdlm_jax.typing import Context, Denoiser, Phi, Theta
 
 PARTS = ("needle", "value")
 
@@ -63,7 +63,8 @@ def shares(
     def one_row(phi, *row):
         tokens, attend, positions, queries, scored, inside = (x[None] for x in row)
         split = 0 if phi is None else generator.split
-        seen = denoiser.inspect(theta, tokens, attend, positions, phi, split=split, heads=True)
+        context = Context(attend, positions)
+        seen = denoiser.inspect(theta, tokens, context, phi, split=split, heads=True)
         weigh = functools.partial(_on_parts, queries[0], scored[0], inside[0], seen["mask"])
         on_parts = jax.lax.map(lambda x: weigh(*x), (seen["query"], seen["key"]))
         return on_parts, _uniform(queries[0], scored[0], inside[0], seen["mask"])

@@ -12,11 +12,10 @@ from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion import canvas, unmasking
 from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.diffusion.samplers import DecodeConfig
-from memdlm_jax.memory import divided, generation
+from memdlm_jax.inference import data_parallel, generation
+from memdlm_jax.inference.generation import Generator, Prompts
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.generation import Generator
-from memdlm_jax.memory.inner_loop import InnerStep
-from memdlm_jax.memory.learned import InnerParameters
+from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters, InnerStep
 from memdlm_jax.typing import Denoiser, Phi, Theta
 
 NAMES = ("mdlm", "memdlm_train_only", "memdlm")
@@ -31,15 +30,21 @@ class System:
             then thrown away) or ``memdlm`` (rebuilt from each prompt; paper, section 4.5).
         denoiser: the backbone.
         theta: base parameters.
-        memory: how a prompt is written; ``None`` decodes without memory.
-        inner: the learned inner loop's parameters, if it was learned.
+        inner_loop: writes prompts into memory, on the same denoiser; ``None`` decodes without
+            memory.
+        learned: learned parts of the inner loop, if it has any.
     """
 
     name: str
     denoiser: Denoiser
     theta: Theta
-    memory: MemoryConfig | None = None
-    inner: InnerParameters | None = None
+    inner_loop: InnerLoop | None = None
+    learned: InnerParameters | None = None
+
+    @property
+    def memory(self) -> MemoryConfig | None:
+        """Settings of the inner loop, ``None`` without memory."""
+        return None if self.inner_loop is None else self.inner_loop.config
 
 
 def three_systems(
@@ -47,13 +52,13 @@ def three_systems(
     mdlm_theta: Theta,
     memdlm_theta: Theta,
     memory: MemoryConfig,
-    inner: InnerParameters | None = None,
+    learned: InnerParameters | None = None,
 ) -> tuple[System, System, System]:
     """The comparison of the paper from two trained thetas; the last two systems share theirs."""
     return (
         System("mdlm", denoiser, mdlm_theta),
         System("memdlm_train_only", denoiser, memdlm_theta),
-        System("memdlm", denoiser, memdlm_theta, memory, inner),
+        System("memdlm", denoiser, memdlm_theta, InnerLoop(denoiser, memory), learned),
     )
 
 
@@ -191,19 +196,18 @@ def batches(
         longest = room
     columns = min(room, rounded(max(longest, width)))
     tokens, valid = canvas.pad_left(prompts, columns, pad_token_id)
-    generator = Generator(system.denoiser, system.memory, config)
+    generator = Generator(system.denoiser, system.inner_loop, config)
     n, root = len(prompts), jax.random.key(seed)
     counted = np.arange(n) if numbers is None else np.asarray(numbers)
     batch_size = min(batch_size, n)
     devices = jax.local_devices()[:batch_size]
-    theta, inner = divided.replicate((system.theta, system.inner), devices)
+    theta, learned = data_parallel.replicate((system.theta, system.learned), devices)
     for start in range(0, n, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), n - 1)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, counted[rows])
         written = None if context is None else (context[0][rows], context[1][rows])
-        decoded = divided.generate(
-            generator, theta, keys, tokens[rows], valid[rows], inner, phi, written, record=record
-        )
+        some = Prompts(keys, tokens[rows], valid[rows], written)
+        decoded = data_parallel.generate(generator, theta, some, learned, phi, record=record)
         found = _first_rows(jax.device_get(decoded), n - start)
         if not np.isfinite(found.confidence).all():
             cause = ", or memory.learning_rate is too large" if system.memory else ""
@@ -266,10 +270,10 @@ def write_context(
         (phi of one group, record of the inner steps, numpy leaves).
     """
     row = canvas.pad_left([tokens], rounded(len(tokens)), pad_token_id)
-    generator = Generator(system.denoiser, system.memory, DecodeConfig())
-    keys = jax.random.key(seed)[None]
+    generator = Generator(system.denoiser, system.inner_loop, DecodeConfig())
+    prompts = Prompts(jax.random.key(seed)[None], *row)
     write = jax.jit(generation.write, static_argnums=0)
-    return jax.device_get(write(generator, system.theta, keys, *row, system.inner))
+    return jax.device_get(write(generator, system.theta, prompts, system.learned))
 
 
 def rounded(length: int) -> int:

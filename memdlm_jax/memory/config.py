@@ -5,20 +5,33 @@ import math
 import typing
 from typing import Literal
 
+from memdlm_jax import registry
+
 FFN_MODULES = ("mlp",)
+
+_NAMED_PARTS = {
+    "masking": registry.MASKING_STRATEGIES,
+    "loss": registry.INNER_LOSSES,
+    "optimizer": registry.INNER_OPTIMIZERS,
+    "meta_gradient": registry.META_GRADIENTS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
     """Settings of fast weights, trajectory, inner loop and meta-gradient (paper, section 4).
 
+    Four fields name a part of the method: ``masking``, ``loss``, ``optimizer`` and
+    ``meta_gradient``. Each takes a registered name or ``"my_module:my_part"`` (see
+    ``memdlm_jax.registry``). A model folder stores these names, so that everything that writes
+    memory later uses the parts that were trained with.
+
     Attributes:
-        masking: which states the inner loop walks through. ``pmc``: from the pre-anchor state to
-            the anchor; ``pre_only``: the pre-anchor state alone; ``no_progressive``: the anchor
-            alone; ``progressive_memory``: states of their own that have nothing to do with the
-            anchor, from mask ratio 0.8 down to ``prompt_mask_ratio``.
-        steps: K, states of ``pmc`` and ``progressive_memory``. For ``pmc`` 1 stops before the
-            anchor, 2 is the paper's default, more put K - 2 states in between.
+        masking: strategy that draws the states the inner loop learns from, see
+            ``memory.trajectory``: ``pmc`` (from a pre-anchor state to the anchor; the paper),
+            ``pre_only``, ``no_progressive``, ``progressive_memory``.
+        steps: K, number of states of ``pmc`` and ``progressive_memory``. With ``pmc``, 1 stops
+            before the anchor, 2 is the paper's default, more put K - 2 states in between.
         epochs: times the trajectory is walked; phi is kept from one to the next.
         pre_anchor_scale: s >= 1; the pre-anchor state masks min(M, floor(s n)) of M maskable
             positions where the anchor masks n.
@@ -28,23 +41,25 @@ class MemoryConfig:
             that it must fit the model. Pieces are written one after the other.
         adapt_every: blocks between further inner steps on prompt and committed text while
             decoding; 0 for none, as in the paper, which names it as future work.
-        padding: what becomes of supervised padding (``Batch.padding``): masked and learnt like a
-            response (``none``), left visible in the inner loop (``inner``), or there and in the
-            outer loss (``both``).
-        loss: ``ce`` on the clean tokens, or a distance from what the same model says on the next,
-            more revealed state, which is frozen: ``distill`` (KL from teacher to student),
-            ``distill_reverse`` (from student to teacher), ``distill_hidden`` (last hidden states).
+        padding: supervised padding (``Batch.padding``) is learnt by the inner loop like a response
+            (``none``) or stays visible there (``inner``). For the outer loss, with and without
+            memory, see ``LossConfig.padding``.
+        loss: inner loss, see ``memory.inner_loop``: ``ce`` on the clean tokens, or a distance to
+            the prediction of the same, frozen model on the next, more revealed state: ``distill``
+            (KL from teacher to student), ``distill_reverse`` (from student to teacher),
+            ``distill_hidden`` (last hidden states).
         hidden_distance: ``mse`` or ``cosine``, of ``distill_hidden``.
         temperature: divides both logits of ``distill`` and ``distill_reverse``.
         supervise: positions in an inner loss: all masked ones (``student_masked``) or those that
             the next state reveals (``newly_revealed``; a last state has none and keeps all).
         weighting: of the rows in an inner loss: ``scheduler``, w(mask ratio), or ``uniform``.
         normalisation: divide a group's inner loss by its supervised tokens (``token``) or rows
-            (``batch``), or each row's by its supervised tokens, times rows (``sequence``: this
-            factor is the public code's; alone in its group a row has ``token``).
+            (``batch``), or each row's by its supervised tokens, times rows (``sequence``: the
+            public code has this factor; with one row in a group it equals ``token``).
+        optimizer: inner optimiser, see ``memory.inner_loop``: ``sgd``, clipped as below.
         learning_rate: eta of the inner SGD.
         clip: of the inner gradient: ``local`` bounds the norm of every matrix of every layer,
-            ``global`` that of all matrices of a group together, ``none`` none.
+            ``global`` the norm of all matrices of a group together, ``none`` clips nothing.
         clip_norm: that bound; unused with ``none``.
         adapter: ``lora`` (A random, B = 0) or ``full`` (one dense matrix, zero at the start).
         rank: r of a LoRA fast weight.
@@ -61,26 +76,28 @@ class MemoryConfig:
         groups: memories of an optimiser step's whole batch in ``device`` scope, over all devices
             and micro-batches; 0 in the other scopes.
         meta_gradient: ``first_order`` (the paper: inner gradients are constants of the outer
-            loss), ``trunk_stopped`` (exact through fast weights and head layers) or ``exact``.
-        learned: what of the inner loop is trained along with theta, any of ``rates`` (a learning
-            rate per matrix and layer, starting at ``learning_rate``) and ``start`` (phi_0's A, or
-            the dense matrix); beyond the paper, see ``memory.learned``.
+            loss), ``trunk_stopped`` (exact through fast weights and head layers) or ``exact``; see
+            ``memory.meta_gradient``.
+        learned: parts of the inner loop that are trained along with theta, any of ``rates`` (a
+            learning rate per matrix and layer, starting at ``learning_rate``) and ``start``
+            (phi_0's A, or the dense matrix); beyond the paper, see ``InnerParameters``.
     """
 
-    masking: Literal["pmc", "pre_only", "no_progressive", "progressive_memory"] = "pmc"
+    masking: str = "pmc"
     steps: int = 2
     epochs: int = 1
     pre_anchor_scale: float = 1.5
     prompt_mask_ratio: float = 0.2
     prompt_chunk: int = 0
     adapt_every: int = 0
-    padding: Literal["none", "inner", "both"] = "none"
-    loss: Literal["ce", "distill", "distill_reverse", "distill_hidden"] = "ce"
+    padding: Literal["none", "inner"] = "none"
+    loss: str = "ce"
     hidden_distance: Literal["mse", "cosine"] = "mse"
     temperature: float = 1.0
     supervise: Literal["student_masked", "newly_revealed"] = "student_masked"
     weighting: Literal["scheduler", "uniform"] = "scheduler"
     normalisation: Literal["token", "sequence", "batch"] = "token"
+    optimizer: str = "sgd"
     learning_rate: float = 0.1
     clip: Literal["local", "global", "none"] = "local"
     clip_norm: float = 1.0
@@ -92,13 +109,15 @@ class MemoryConfig:
     target_modules: tuple[str, ...] = FFN_MODULES
     scope: Literal["example", "global", "device"] = "example"
     groups: int = 0
-    meta_gradient: Literal["first_order", "trunk_stopped", "exact"] = "first_order"
+    meta_gradient: str = "first_order"
     learned: tuple[Literal["rates", "start"], ...] = ()
 
     def __post_init__(self):
         for field, hint in typing.get_type_hints(type(self)).items():
             if typing.get_origin(hint) is Literal:
                 self._one_of(field, getattr(self, field), typing.get_args(hint))
+        for field, table in _NAMED_PARTS.items():
+            table(getattr(self, field), f"memory.{field}")
         for field in ("steps", "epochs", "rank"):
             self._require(field, getattr(self, field) >= 1, "at least 1")
         for field in ("prompt_chunk", "adapt_every"):
@@ -121,14 +140,9 @@ class MemoryConfig:
         self._require("learned", len(set(self.learned)) == len(self.learned), "without repeats")
 
     @property
-    def states(self) -> int:
-        """Inner states of one epoch."""
-        return 1 if self.masking in ("pre_only", "no_progressive") else self.steps
-
-    @property
     def distils(self) -> bool:
-        """Whether the inner loss has a teacher."""
-        return self.loss != "ce"
+        """Whether the inner loss compares with a teacher."""
+        return getattr(registry.INNER_LOSSES(self.loss), "needs_teacher", False)
 
     def _require(self, field: str, ok: bool, right: str) -> None:
         if not ok:

@@ -16,19 +16,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memdlm_jax import partitioning
+from memdlm_jax.diffusion import objective
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.typing import (
     Cache,
-    CachingDenoiser,
+    Context,
     Denoiser,
-    EnteringDenoiser,
+    EfficientDenoiser,
     Hidden,
     Key,
-    Mask,
     Phi,
-    SelectiveDenoiser,
     Theta,
-    Tokens,
 )
 
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
@@ -100,6 +98,13 @@ def with_dropout(phi: Phi, key: Key, rate: float) -> Phi:
 def is_fast_weight(node) -> bool:
     """Tell the fast weight of one matrix from the trees above it."""
     return isinstance(node, LowRank | Dense)
+
+
+def by_path(phi: Phi) -> dict[str, LowRank | Dense]:
+    """The fast weights by the path of their matrix, such as ``mlp/gate_proj``."""
+    leaves = jax.tree_util.tree_flatten_with_path(phi, is_leaf=is_fast_weight)[0]
+    # The last entry of a path is "delta".
+    return {jax.tree_util.keystr(p[:-1], simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
 def first_adapted_layer(num_layers: int, layer_fraction: float) -> int:
@@ -195,8 +200,7 @@ def head_with_memory(
     theta: Theta,
     phi: Phi,
     hidden: Hidden,
-    valid: Mask | None = None,
-    position_ids: Tokens | None = None,
+    context: Context,
     *,
     split: int,
     at: Int[Array, "b c"] | None = None,
@@ -209,98 +213,62 @@ def head_with_memory(
         theta: base parameters.
         phi: fast weights with leading group axis, or ``None``.
         hidden: [b, l, d] output of the trunk; the groups are consecutive runs of rows.
-        valid: [b, l] bool or ``None``.
-        position_ids: [b, l] int32 or ``None``.
+        context: of the rows.
         split: number of trunk layers.
         at: positions wanted; ``None`` for all.
-        entered: ``hidden`` is what ``EnteringDenoiser.enter`` returned at ``at``.
+        entered: ``hidden`` is what ``EfficientDenoiser.enter`` returned at ``at``.
 
     Returns:
         [b, l, d] last hidden states, before the final norm; with ``at`` [b, c, d].
     """
-    if phi is None:
-        return _head(denoiser, theta, None, hidden, at, valid, position_ids, split, entered)
-    groups = number_of_groups(phi)
-    rows = group_rows((hidden, at, valid, position_ids), groups)
 
     def one_group(phi, rows):
-        return _head(denoiser, theta, phi, *rows, split, entered)
+        hidden, at, context = rows
+        if at is None:
+            return denoiser.head(theta, phi, hidden, context, split=split)
+        return objective.head_at(
+            denoiser, theta, phi, hidden, at, context, split=split, entered=entered
+        )
 
-    return ungroup_rows(partitioning.map_groups(one_group, groups)(phi, rows))
-
-
-def head_at(
-    denoiser: Denoiser,
-    theta: Theta,
-    phi: Phi,
-    hidden: Hidden,
-    at: Int[Array, "b c"],
-    valid: Mask | None = None,
-    position_ids: Tokens | None = None,
-    *,
-    split: int,
-    entered: bool = False,
-) -> Float[Array, "b c d"]:
-    """The head of one group at the given positions.
-
-    Nothing else reads the last layer, so a ``SelectiveDenoiser`` runs it there alone; any other
-    runs it everywhere. With ``entered``, ``hidden`` is what ``EnteringDenoiser.enter`` returned.
-    """
-    if entered:
-        if not isinstance(denoiser, EnteringDenoiser):
-            raise TypeError(f"entered=True, but {type(denoiser).__name__} has no head_entered")
-        return denoiser.head_entered(theta, phi, hidden, at, valid, position_ids, split=split)
-    if isinstance(denoiser, SelectiveDenoiser):
-        return denoiser.head_at(theta, phi, hidden, at, valid, position_ids, split=split)
-    last = denoiser.head(theta, phi, hidden, valid, position_ids, split=split)
-    return jnp.take_along_axis(last, at[..., None], axis=1)
-
-
-def entering(denoiser: Denoiser, config: MemoryConfig) -> EnteringDenoiser | None:
-    """The denoiser if it can run its head up to where this memory is first read, or ``None``."""
-    if isinstance(denoiser, EnteringDenoiser):
-        return denoiser if denoiser.can_enter(adapted_paths(denoiser, config)) else None
-    return None
-
-
-def plain_split(denoiser: Denoiser) -> int:
-    """Trunk layers of a model without memory: all but the last, for ``head_at`` to do its work."""
-    return denoiser.num_layers - 1
-
-
-def _head(denoiser, theta, phi, hidden, at, valid, position_ids, split: int, entered) -> Hidden:
-    if at is not None:
-        inputs = hidden, at, valid, position_ids
-        return head_at(denoiser, theta, phi, *inputs, split=split, entered=entered)
-    return denoiser.head(theta, phi, hidden, valid, position_ids, split=split)
+    rows = hidden, at, context
+    if phi is None:
+        return one_group(None, rows)
+    groups = number_of_groups(phi)
+    mapped = partitioning.map_groups(one_group, groups)
+    return ungroup_rows(mapped(phi, group_rows(rows, groups)))
 
 
 def cached_head_with_memory(
-    denoiser: CachingDenoiser,
+    denoiser: EfficientDenoiser,
     theta: Theta,
     phi: Phi,
     hidden: Hidden,
-    valid: jax.Array | None,
-    position_ids: Tokens | None,
+    context: Context,
     cache: Cache | None,
     *,
     split: int,
 ) -> tuple[Hidden, Cache]:
-    """``head_with_memory`` on some columns; see ``typing.CachingDenoiser``."""
-    inputs = hidden, valid, position_ids
+    """``head_with_memory`` on some columns; see ``EfficientDenoiser.head_with_cache``."""
     if phi is None:
-        return denoiser.head_with_cache(theta, None, *inputs, cache, split=split)
+        return denoiser.head_with_cache(theta, None, hidden, context, cache, split=split)
     groups = number_of_groups(phi)
 
     def one_group(phi, rows, cache):
         return denoiser.head_with_cache(theta, phi, *rows, cache, split=split)
 
-    # Leaves of a cache have their rows behind the layers.
+    # The leaves of a cache are [layers, rows, ...].
     parted = jax.tree.map(lambda x: x.reshape(x.shape[0], groups, -1, *x.shape[2:]), cache)
     mapped = partitioning.map_groups(one_group, groups, (0, 0, 1), (0, 1))
-    last, own = mapped(phi, group_rows(inputs, groups), parted)
+    last, own = mapped(phi, group_rows((hidden, context), groups), parted)
     joined = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), own)
     return ungroup_rows(last), joined
+
+
+def can_enter(denoiser: Denoiser, config: MemoryConfig) -> bool:
+    """Whether the denoiser can run its head up to where this memory is first read."""
+    if not isinstance(denoiser, EfficientDenoiser):
+        return False
+    return denoiser.can_enter(adapted_paths(denoiser, config))
 
 
 def number_of_groups(phi: Phi) -> int:
@@ -308,7 +276,51 @@ def number_of_groups(phi: Phi) -> int:
     return jax.tree.leaves(phi)[0].shape[0]
 
 
+def groups_for(config: MemoryConfig, rows: int, parts: int = 1) -> int:
+    """Memories of ``rows`` rows, when these are one of ``parts`` equal parts of a step's batch.
+
+    Raises:
+        ValueError: if the ``device`` scope's groups do not divide the parts and their rows evenly.
+    """
+    if config.scope == "example":
+        return rows
+    if config.scope == "global":
+        return 1
+    if config.groups % parts or rows % (config.groups // parts):
+        raise ValueError(
+            f"memory.groups={config.groups} must be a multiple of the {parts} parts (devices times "
+            f"micro-batches) of a step's batch, and share out the {rows} rows of a part evenly"
+        )
+    return config.groups // parts
+
+
 def group_norms(tree: Phi) -> jax.Array:
     """Euclidean norm over all leaves of every group, [groups]."""
     squares = [jnp.sum(x**2, axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares))
+
+
+def describe(phi: Phi) -> dict[str, dict[str, Float[Array, "groups layers"]]]:
+    """What a memory changes, matrix by matrix.
+
+    Returns:
+        path -> {``norm``: Frobenius norm of the change that it makes to the matrix, [groups,
+        layers, (experts)]; ``rank``: its effective rank, the exponential of the entropy of its
+        normalised squared singular values, likewise; 0 where it changes nothing}.
+    """
+    return {path: _spectrum(delta) for path, delta in by_path(phi).items()}
+
+
+def _spectrum(delta) -> dict[str, jax.Array]:
+    if isinstance(delta, LowRank):
+        # The singular values of A B from two small triangles: the product may be a large matrix.
+        left = jnp.linalg.qr(delta.A, mode="r")
+        right = jnp.linalg.qr(jnp.swapaxes(delta.B, -1, -2), mode="r")
+        small = left @ jnp.swapaxes(right, -1, -2) * delta.scale
+    else:
+        small = delta.W
+    squares = jnp.linalg.svd(small, compute_uv=False) ** 2
+    total = jnp.sum(squares, axis=-1)
+    p = squares / jnp.where(total > 0, total, 1)[..., None]
+    entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)), axis=-1)
+    return {"norm": jnp.sqrt(total), "rank": jnp.where(total > 0, jnp.exp(entropy), 0.0)}

@@ -1,11 +1,22 @@
-"""The inner loop: fold gradient steps on fast weights over a trajectory.
+"""The inner loop: gradient steps on fast weights along a trajectory.
 
-``adapt`` takes any loss ``(theta, phi, state) -> scalar`` of *one group* and any optax optimiser;
-the denoising loss and clipped SGD of the paper are one choice of each.
+``InnerLoop`` holds everything that decides how memory is written: the denoiser, the settings, and
+through them the masking strategy, the inner loss and the inner optimiser. Training, validation,
+decoding and evaluation all receive this object. Its learned parts are one pytree,
+``InnerParameters``, trained along with theta.
+
+    inner_loop = InnerLoop(denoiser, MemoryConfig(loss="ce", optimizer="sgd"))
+    phi = inner_loop.start(key, groups)
+    phi, record = inner_loop.adapt(theta, learned, phi, trajectory, rule)
+
+A new inner loss or inner optimiser is one function with one line in its table (``INNER_LOSSES``,
+``INNER_OPTIMIZERS``); a config then names it.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -14,21 +25,99 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from memdlm_jax import partitioning
-from memdlm_jax.memory import fast_weights, shortcuts
+from memdlm_jax.diffusion import objective
+from memdlm_jax.diffusion.objective import Anchor, NoisyState, Targets
+from memdlm_jax.diffusion.schedule import Schedule
+from memdlm_jax.memory import fast_weights
+from memdlm_jax.memory import trajectory as trajectories
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.losses import InnerLoss
-from memdlm_jax.typing import Partitioned, Phi, Theta, differentiable
+from memdlm_jax.memory.fast_weights import Dense, LowRank
+from memdlm_jax.memory.trajectory import Trajectory
+from memdlm_jax.registry import INNER_LOSSES, INNER_OPTIMIZERS
+from memdlm_jax.typing import Batch, Context, Denoiser, Hidden, Key, Phi, Theta
 
-Measure = Callable[[Theta, Phi, Any], jax.Array]
-"""(theta, phi [g, ...], state [g, ...]) -> losses [g]."""
+GroupLoss = Callable[[Theta, Phi, Any], jax.Array]
+"""Loss of one group: (theta, phi without group axis, the group's state) -> scalar."""
 
 InnerGradient = Callable[[Theta, Phi, Any], tuple[jax.Array, Phi]]
 """(theta, phi [g, ...], state [g, ...]) -> (losses [g], gradient like phi)."""
 
+Measure = Callable[[Theta, Phi, Any], jax.Array]
+"""(theta, phi [g, ...], state [g, ...]) -> losses [g]."""
+
+
+class Rule(Protocol):
+    """What the inner loop's inputs are to a derivative; see ``memory.meta_gradient``.
+
+    Attributes:
+        axis_name: device axis over which one memory is shared, if any.
+        shares_attention: the attention of the first head layer has the same gradient as the trunk,
+            so that what is computed before phi is read may be shared; see ``InnerLoop.enters``.
+    """
+
+    shares_attention: bool
+
+    @property
+    def axis_name(self) -> str | None:
+        """Device axis, see the class."""
+        ...
+
+    def inner_theta(self, theta: Theta) -> Theta:
+        """Theta as the inner loop sees it."""
+        ...
+
+    def inner_hidden(self, hidden: Hidden) -> Hidden:
+        """Hidden states as the inner loop sees them."""
+        ...
+
+    def gradient(self, loss: GroupLoss) -> InnerGradient:
+        """The gradient of the inner loss in phi."""
+        ...
+
+
+@flax.struct.dataclass
+class InnerParameters:
+    """The learned parts of the inner loop, trained along with theta (``MemoryConfig.learned``).
+
+    Beyond the paper: a learning rate per matrix and layer as in Meta-SGD (arXiv 1707.09835), and
+    the start as in MAML (arXiv 1703.03400). With ``first_order`` the inner gradients are constants:
+    a rate then gets -<outer gradient, clipped inner gradient>, the start the outer gradient at
+    phi_K.
+
+    Attributes:
+        log_rates: phi's structure with a leaf [layers] for every matrix: the logarithm of its
+            inner learning rate in each adapted layer; ``None`` keeps ``learning_rate``.
+        start: path -> [layers, in, rank], A of phi_0 (B stays zero, so that phi_0 leaves the
+            model unchanged), or [layers, in, out] for dense fast weights; ``None`` draws phi_0.
+    """
+
+    log_rates: Phi = None
+    start: dict[str, jax.Array] | None = None
+
+
+@flax.struct.dataclass
+class WithInner:
+    """All that the outer gradient trains when the inner loop has learned parts."""
+
+    theta: Theta
+    inner: InnerParameters
+
+
+def join_learned(theta: Theta, learned: InnerParameters | None) -> Any:
+    """The parameters to train: theta alone unless the inner loop has learned parts."""
+    return theta if learned is None else WithInner(theta, learned)
+
+
+def split_learned(parameters: Any) -> tuple[Theta, InnerParameters | None]:
+    """Inverse of ``join_learned``."""
+    if isinstance(parameters, WithInner):
+        return parameters.theta, parameters.inner
+    return parameters, None
+
 
 @flax.struct.dataclass
 class InnerStep:
-    """What one inner step saw and did; leading axes [steps, groups].
+    """Record of inner steps; leading axes [steps, groups].
 
     Attributes:
         loss: inner loss before the step, nats per supervised token (times its weight).
@@ -43,7 +132,324 @@ class InnerStep:
     skipped: Bool[Array, "k g"]
 
 
-def adapt(
+@flax.struct.dataclass
+class HeadState:
+    """One state of the trajectory as the head reads it.
+
+    Attributes:
+        hidden: [b, l, d] output of the trunk on the state's tokens; or, where ``entered``, what
+            ``EfficientDenoiser.enter`` returned for it, [b, l, d] or at the targets [b, c, d].
+        context: of the rows.
+        targets: clean tokens at the supervised positions.
+        weight: [b] weight of each row's summed loss, the normaliser included.
+        teacher: [b, l, d] output of the trunk on what a distillation teacher reads, or ``None``.
+        dropout_key: of the inputs' dropout, or ``None``.
+        entered: see ``hidden``.
+    """
+
+    hidden: Hidden
+    context: Context
+    targets: Targets
+    weight: Float[Array, "b"]
+    teacher: Hidden | None = None
+    dropout_key: Key | None = None
+    entered: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerLoop:
+    """How memory is written: denoiser and settings, which name loss, optimiser and strategy.
+
+    Attributes:
+        denoiser: the backbone.
+        config: memory settings.
+    """
+
+    denoiser: Denoiser
+    config: MemoryConfig
+
+    @property
+    def split(self) -> int:
+        """Number of trunk layers."""
+        return fast_weights.split_of(self.denoiser, self.config)
+
+    def init_learned(self, key: Key) -> InnerParameters | None:
+        """Learned parts at the start of training, equal to the fixed inner loop; float32.
+
+        Rates start at ``learning_rate``, the start at one draw of phi_0. ``None`` if the config
+        learns no part.
+        """
+        config = self.config
+        if not config.learned:
+            return None
+        phi = fast_weights.init(key, self.denoiser, config, groups=1)
+        phi = jax.tree.map(lambda leaf: leaf[0], phi)
+        log_rates, start = None, None
+        if "rates" in config.learned:
+            rate = math.log(config.learning_rate)
+            log_rates = jax.tree.map(lambda leaf: jnp.full(leaf.shape[:1], rate, leaf.dtype), phi)
+        if "start" in config.learned:
+            found = fast_weights.by_path(phi)
+            start = {path: _starting_matrix(delta) for path, delta in found.items()}
+        return InnerParameters(log_rates, start)
+
+    def start(self, key: Key, groups: int, learned: InnerParameters | None = None) -> Phi:
+        """Phi_0 of so many groups; it leaves the model unchanged. See ``fast_weights.init``."""
+        phi = fast_weights.init(key, self.denoiser, self.config, groups)
+        if learned is None or learned.start is None:
+            return phi
+        start = learned.start
+
+        def replace(path, delta):
+            name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+            leaf = jnp.broadcast_to(start[name], _starting_matrix(delta).shape)
+            return delta.replace(A=leaf) if isinstance(delta, LowRank) else delta.replace(W=leaf)
+
+        return jax.tree_util.tree_map_with_path(replace, phi, is_leaf=fast_weights.is_fast_weight)
+
+    def draw(
+        self,
+        keys: tuple[Key, Key, Key | None],
+        batch: Batch,
+        anchor: Anchor,
+        schedule: Schedule,
+        learned: InnerParameters | None = None,
+        parts: int = 1,
+        axis_name: str | None = None,
+    ) -> tuple[Phi, Trajectory]:
+        """Draw phi_0 and the trajectory to an anchor: the paper writes the rows that are scored.
+
+        Args:
+            keys: PRNG keys of phi_0, of the masks and of the inputs' dropout (``None`` drops
+                nothing). Under ``pmap`` the first must be the same on all devices for a ``global``
+                memory, the others must differ.
+            batch: clean rows.
+            anchor: of the outer loss on these rows.
+            schedule: weighs the states of the trajectory.
+            learned: learned parts of the inner loop.
+            parts: equal parts of a step's whole batch (devices times micro-batches), one of which
+                is ``batch``.
+            axis_name: device axis, if any.
+
+        Raises:
+            ValueError: the rows cannot be divided evenly among the config's memories.
+        """
+        phi_key, mask_key, dropout_key = keys
+        config, mask_token_id = self.config, self.denoiser.mask_token_id
+        groups = fast_weights.groups_for(config, batch.tokens.shape[0], parts)
+        rows = trajectories.rows_of_anchor(batch, anchor, config, mask_token_id, schedule)
+        trajectory = trajectories.draw(
+            mask_key,
+            config,
+            rows,
+            groups,
+            capacity=anchor.state.targets.positions.shape[1],
+            axis_name=axis_name if config.scope == "global" else None,
+            dropout_key=dropout_key,
+        )
+        return self.start(phi_key, groups, learned), trajectory
+
+    def optimizer(self, learned: InnerParameters | None = None) -> optax.GradientTransformation:
+        """The inner optimiser of one group, with learned or fixed rates."""
+        rates = None
+        if learned is not None and learned.log_rates is not None:
+            rates = jax.tree.map(jnp.exp, learned.log_rates)
+        return INNER_OPTIMIZERS(self.config.optimizer)(self.config, rates)
+
+    def enters(self, rule: Rule) -> bool:
+        """Whether states share the first head layer up to its first fast weight with the anchor.
+
+        They do not where that layer's attention has another gradient than the trunk, nor where a
+        teacher reads its input.
+        """
+        if self.config.distils or not rule.shares_attention:
+            return False
+        return fast_weights.can_enter(self.denoiser, self.config)
+
+    def read(self, theta: Theta, state: NoisyState, context: Context, entered: bool) -> Hidden:
+        """Everything that is computed on a state before phi is read.
+
+        The trunk's output [b, l, d]; with ``entered`` what ``EfficientDenoiser.enter`` makes of it.
+        """
+        hidden = self.denoiser.trunk(theta, state.tokens, context, split=self.split)
+        if not entered:
+            return hidden
+        at = state.targets.positions
+        denoiser: Any = self.denoiser
+        return denoiser.enter(theta, hidden, at, context, split=self.split)
+
+    def group_loss(self, theta: Theta, phi: Phi, state: HeadState) -> jax.Array:
+        """Inner loss of one group: a weighted sum over its targets.
+
+        Args:
+            theta: base parameters.
+            phi: fast weights of the group, leaves [layers, ...].
+            state: rows of the group.
+
+        Raises:
+            ValueError: the loss that the config names returns another shape than [b, c].
+        """
+        used = phi
+        if state.dropout_key is not None:
+            used = fast_weights.with_dropout(phi, state.dropout_key, self.config.dropout)
+        student, teacher = self._last_hidden(theta, used, state.hidden, state), None
+        if self.config.distils:
+            # A teacher is frozen by definition: it has no derivative of any order.
+            frozen = jax.lax.stop_gradient((theta, phi, state.teacher))
+            teacher = self._last_hidden(*frozen, state)
+        token_losses = INNER_LOSSES(self.config.loss)
+        losses = token_losses(self.denoiser, self.config, theta, student, teacher, state.targets)
+        if losses.shape != state.targets.labels.shape:
+            raise ValueError(
+                f"memory.loss={self.config.loss!r} returned shape {losses.shape}; it must return "
+                f"one loss per target slot, {state.targets.labels.shape}"
+            )
+        return objective.weighted_sum(losses, state.targets, state.weight)
+
+    def _last_hidden(self, theta: Theta, phi: Phi, hidden: Any, state: HeadState) -> jax.Array:
+        """Last hidden states at the targets [b, c, d], before the final norm."""
+        return objective.head_at(
+            self.denoiser, theta, phi, hidden, state.targets.positions, state.context,
+            split=self.split, entered=state.entered,
+        )  # fmt: skip
+
+    def adapt(
+        self,
+        theta: Theta,
+        learned: InnerParameters | None,
+        phi: Phi,
+        trajectory: Trajectory,
+        rule: Rule,
+        anchor: Hidden | None = None,
+        measure: bool | jax.Array = False,
+    ) -> tuple[Phi, InnerStep]:
+        """Write the trajectory into phi, one optimiser step per state (paper, equations 5 to 8).
+
+        Args:
+            theta: base parameters.
+            learned: learned parts of the inner loop, or ``None``.
+            phi: where to start, leaves [groups, ...].
+            trajectory: what to learn from; its rows are divided among the groups.
+            rule: what a derivative of the result sees; see ``memory.meta_gradient``.
+            anchor: what ``read`` returned for the anchor, where the trajectory ends at it.
+            measure: also compute every step's loss after the step.
+
+        Returns:
+            (adapted phi, record of the inner steps).
+
+        Raises:
+            ValueError: a teacher reads the anchor, and none is given.
+        """
+        reader = _Reader(self, rule.inner_theta(theta), trajectory, phi, rule)
+        count, leading = reader.leading()
+        return fold(
+            rule.gradient(self.group_loss),
+            reader.theta,
+            phi,
+            reader.states(anchor, count),
+            self.optimizer(learned),
+            _measured(self.group_loss, measure, rule.axis_name),
+            leading,
+        )
+
+
+def inner_loop_for(denoiser: Denoiser, config: MemoryConfig | None) -> InnerLoop | None:
+    """The inner loop of these settings, or ``None`` without settings."""
+    return None if config is None else InnerLoop(denoiser, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Runs the trunk on the states of a trajectory, each once.
+
+    Attributes:
+        loop: the inner loop.
+        theta: as the inner loop sees it.
+        trajectory: the states.
+        phi: divides the rows into groups.
+        rule: see ``InnerLoop.adapt``.
+    """
+
+    loop: InnerLoop
+    theta: Theta
+    trajectory: Trajectory
+    phi: Phi
+    rule: Rule
+
+    def leading(self) -> tuple[int, tuple[Any, Callable[[Any], HeadState]] | None]:
+        """States that are walked under a scan, so that one trunk is in memory at a time.
+
+        They are those before the anchor, where there are two or more; not with teachers, who read
+        later states, nor with several epochs, which read all states again.
+
+        Returns:
+            Their number; and, if there are any, the states stacked, and the function that turns one
+            of them into a ``HeadState``, for ``fold``. A derivative runs its trunk again instead of
+            keeping its activations, so memory does not grow with the number of steps.
+        """
+        trajectory = self.trajectory
+        count = len(trajectory.states) - trajectory.ends_at_anchor
+        if count < 2 or trajectory.epochs > 1 or self.loop.config.distils:
+            return 0, None
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectory.states[:count])
+        keys = None if trajectory.dropout is None else trajectory.dropout[:count]
+        read = jax.checkpoint(self._read, prevent_cse=False)
+
+        def head_state(entry) -> HeadState:
+            state, key = entry
+            return self._head_state(state, read(state), key=key)
+
+        return count, ((stacked, keys), head_state)
+
+    def states(self, anchor: Hidden | None, start: int) -> list[HeadState]:
+        """One ``HeadState`` per inner step, leaves [groups, ...], from state ``start`` on."""
+        trajectory = self.trajectory
+        shares = trajectory.ends_at_anchor and anchor is not None
+        states = trajectory.states[start:]
+        alone = states[: -1 if shares else None]
+        hidden: list[Any] = [self._read(state) for state in alone] + [anchor] * shares
+        teachers: Sequence[Hidden | None] = [None] * len(hidden)
+        if self.loop.config.distils:
+            teachers = self._teachers(hidden, anchor)
+        keys, steps = trajectory.dropout, []
+        for step in range(len(states) * trajectory.epochs):
+            k = step % len(states)
+            key = None if keys is None else keys[start + step]
+            steps.append(self._head_state(states[k], hidden[k], teachers[k], key))
+        return steps
+
+    def _read(self, state: NoisyState) -> Hidden:
+        context, entered = self.trajectory.context, self.loop.enters(self.rule)
+        return self.loop.read(self.theta, state, context, entered)
+
+    def _head_state(self, state: NoisyState, hidden, teacher=None, key=None) -> HeadState:
+        read = HeadState(
+            self.rule.inner_hidden(hidden),
+            self.trajectory.context,
+            state.targets,
+            state.weight,
+            teacher,
+            entered=self.loop.enters(self.rule),
+        )
+        groups = fast_weights.number_of_groups(self.phi)
+        return fast_weights.group_rows(read, groups).replace(dropout_key=key)
+
+    def _teachers(self, hidden: list[Hidden], anchor: Hidden | None) -> list[Hidden]:
+        """Frozen hidden states of what the teacher of each state reads."""
+        stop, trajectory, loop = jax.lax.stop_gradient, self.trajectory, self.loop
+        if trajectory.after is not None:
+            after = loop.denoiser.trunk(
+                stop(self.theta), trajectory.after, trajectory.context, split=loop.split
+            )
+        elif anchor is not None:
+            after = anchor
+        else:
+            raise ValueError("trajectory.after=None is the anchor, but no anchor is given")
+        order = trajectory.teachers or range(1, len(hidden) + 1)
+        return [stop([*hidden, after][i]) for i in order]
+
+
+def fold(
     gradient: InnerGradient,
     theta: Theta,
     phi: Phi,
@@ -51,79 +457,176 @@ def adapt(
     optimizer: optax.GradientTransformation,
     measure: Measure | None = None,
     leading: tuple[Any, Callable[[Any], Any]] | None = None,
-    is_fresh: bool = False,
 ) -> tuple[Phi, InnerStep]:
-    """Take one optimiser step on phi per state, in order (paper, equations 5 to 8).
+    """Take one optimiser step on phi per state, in order.
 
     Args:
-        gradient: ``constant_gradient(loss)``, ``forward_over_reverse_gradient(loss)`` or
-            ``reverse_gradient(loss)``.
+        gradient: of the inner loss in phi, see ``memory.meta_gradient``.
         theta: base parameters, read only.
         phi: fast weights, leaves [g, ...].
         states: one per inner step, leaves [g, ...].
-        optimizer: applied to every group alone, its state starting afresh.
-        measure: the loss to be recorded after every step, see ``measured``; ``None`` records NaN.
+        optimizer: applied to every group on its own, its state starting afresh.
+        measure: the loss to record after every step; ``None`` records NaN.
         leading: (entries stacked along a first axis, entry -> state) of steps before those of
             ``states``, walked under a scan: each state is made when its step is taken.
-        is_fresh: ``phi`` leaves the model unchanged (B = 0), and ``gradient`` is of first order:
-            the first step then leaves out what is known to be zero, unless it is a ``leading`` one.
 
     Returns:
         The adapted phi, and the record of the steps. A step whose loss or gradient is not finite
         leaves its group's phi and optimiser state as they were and is counted as skipped. With
-        ``forward_over_reverse_gradient`` it leaves no trace in derivatives either, unless what is
-        not finite is theta, or the trunk that a state was computed with.
+        ``forward_over_reverse_gradient`` it leaves no trace in derivatives either, unless theta
+        itself, or the trunk that a state was computed with, is not finite.
     """
 
-    def walk(before, state, is_fresh=False):
+    def step(before, state):
         phi, optimizer_state = before
-        loss, grads = gradient(theta, shortcuts.fresh(phi) if is_fresh else phi, state)
-        grads = shortcuts.unwrapped(grads) if is_fresh else grads
+        loss, grads = gradient(theta, phi, state)
         norm = jax.lax.stop_gradient(fast_weights.group_norms(grads))
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
-        grads = _harmless(fine, grads)
+        grads = harmless(fine, grads)
         updates, new_state = jax.vmap(optimizer.update)(grads, optimizer_state, phi)
-        phi = _where(fine, optax.apply_updates(phi, updates), phi)
+        phi = choose_groups(fine, optax.apply_updates(phi, updates), phi)
         phi = partitioning.constrain_tree(phi, "rows")
         loss = jax.lax.stop_gradient(loss)
         after = jnp.full_like(loss, jnp.nan) if measure is None else measure(theta, phi, state)
-        kept = phi, _where(fine, new_state, optimizer_state)
+        kept = phi, choose_groups(fine, new_state, optimizer_state)
         return kept, InnerStep(loss, after, norm, ~fine)
 
     reached, records = (phi, jax.vmap(optimizer.init)(phi)), []
     if leading is not None:
-        entries, read = leading
-        reached, record = jax.lax.scan(lambda at, x: walk(at, read(x)), reached, entries)
+        entries, make = leading
+        reached, record = jax.lax.scan(lambda at, x: step(at, make(x)), reached, entries)
         records.append(record)
-    for number, state in enumerate(states):
-        reached, record = walk(reached, state, is_fresh and number == 0 and leading is None)
+    for state in states:
+        reached, record = step(reached, state)
         records.append(jax.tree.map(lambda x: x[None], record))
     return reached[0], jax.tree.map(lambda *steps: jnp.concatenate(steps), *records)
 
 
-def _where(fine: Bool[Array, "g"], new, old):
-    """Choose per group between two trees."""
+def choose_groups(fine: Bool[Array, "g"], new, old):
+    """Choose per group between two trees, ``new`` where ``fine``."""
     return jax.tree.map(
         lambda a, b: jnp.where(fine.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old
     )
 
 
-def _harmless(fine: Bool[Array, "g"], tree):
+def harmless(fine: Bool[Array, "g"], tree):
     """The tree with ones for the groups that are skipped.
 
     Choosing the old value afterwards is not enough for a derivative: it sends a zero back through
     the step, and zero times NaN is NaN. Ones, because norms and roots have no derivative at zero.
     """
-    return _where(fine, tree, jax.tree.map(jnp.ones_like, tree))
+    return choose_groups(fine, tree, jax.tree.map(jnp.ones_like, tree))
 
 
-def inner_optimizer(config: MemoryConfig, rates: Phi = None) -> optax.GradientTransformation:
-    """SGD after clipping (paper, section 4.3).
+def group_losses(loss: GroupLoss, theta: Theta, phi: Phi, state: Any) -> jax.Array:
+    """Losses of all groups, [g]."""
+    groups = fast_weights.number_of_groups(phi)
+    return partitioning.map_groups(loss, groups, (None, 0, 0))(theta, phi, state)
 
-    Args:
-        config: kind and bound of the clipping, learning rate.
-        rates: learned rates in phi's structure, leaves [layers], in the place of the config's.
+
+def sum_over(axis_name: str | None, tree):
+    """Sum over a device axis, if there is one."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def _measured(loss: GroupLoss, wanted: bool | jax.Array, axis_name: str | None) -> Measure:
+    """Losses of all groups as plain numbers, no derivative, computed only where ``wanted``."""
+
+    def measure(theta, phi, state):
+        theta, phi, state = jax.lax.stop_gradient((theta, phi, state))
+        found = computed_if(wanted, lambda: group_losses(loss, theta, phi, state))
+        return sum_over(axis_name, found)
+
+    return measure
+
+
+def computed_if(wanted: bool | jax.Array, compute: Callable[[], jax.Array]) -> jax.Array:
+    """``compute()`` where ``wanted``, a Python or a traced bool; else NaN in its place."""
+    shape = jax.eval_shape(compute)
+    unknown = jnp.full(shape.shape, jnp.nan, shape.dtype)
+    if isinstance(wanted, bool):
+        return compute() if wanted else unknown
+    return jax.lax.cond(wanted, compute, lambda: unknown)
+
+
+def _starting_matrix(delta: LowRank | Dense) -> jax.Array:
+    return delta.A if isinstance(delta, LowRank) else delta.W
+
+
+# Inner losses: (denoiser, config, theta, student, teacher, targets) -> losses [b, c].
+#
+# ``student`` is [b, c, d], last hidden states at the targets, before the final norm; ``teacher``
+# likewise, from the frozen model on the next state, for losses marked ``needs_teacher``. Losses
+# are in nats for ``ce`` and the two KL divergences. Weights and normalisers are applied later.
+
+
+@INNER_LOSSES.register("ce")
+def cross_entropy(denoiser, config, theta, student, teacher, targets) -> Float[Array, "b c"]:
+    """-log p of the clean tokens (paper, equation 6)."""
+    del config, teacher
+    return objective.label_losses(denoiser, theta, student, targets)
+
+
+def needs_teacher(loss: Any) -> Any:
+    """Mark an inner loss that compares with the frozen model on the next state."""
+    loss.needs_teacher = True
+    return loss
+
+
+@INNER_LOSSES.register("distill")
+@needs_teacher
+def distill(denoiser, config, theta, student, teacher, targets) -> Float[Array, "b c"]:
+    """KL(teacher || student)."""
+    del targets
+    log_student, log_teacher = _log_probabilities(denoiser, config, theta, student, teacher)
+    return _kl_divergence(log_teacher, log_student)
+
+
+@INNER_LOSSES.register("distill_reverse")
+@needs_teacher
+def distill_reverse(denoiser, config, theta, student, teacher, targets) -> Float[Array, "b c"]:
+    """KL(student || teacher)."""
+    del targets
+    log_student, log_teacher = _log_probabilities(denoiser, config, theta, student, teacher)
+    return _kl_divergence(log_student, log_teacher)
+
+
+@INNER_LOSSES.register("distill_hidden")
+@needs_teacher
+def distill_hidden(denoiser, config, theta, student, teacher, targets) -> Float[Array, "b c"]:
+    """Distance of last hidden states: mean square, or one minus the cosine.
+
+    The public code compares the student before the final norm with the teacher after it.
     """
+    del targets
+    after = denoiser.normalise(jax.lax.stop_gradient(theta), teacher)
+    if config.hidden_distance == "mse":
+        return jnp.mean((student - after) ** 2, axis=-1)
+    return 1 - jnp.sum(_unit(student) * _unit(after), axis=-1)
+
+
+def _log_probabilities(denoiser, config, theta, student, teacher):
+    frozen = jax.lax.stop_gradient(theta)
+    logits = denoiser.readout(theta, student), denoiser.readout(frozen, teacher)
+    return [jax.nn.log_softmax(x / config.temperature, axis=-1) for x in logits]
+
+
+def _kl_divergence(log_p, log_q) -> Float[Array, "b c"]:
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Each last axis over its norm, which is at least 1e-12."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
+
+
+# Inner optimisers: (config, rates) -> optax.GradientTransformation of one group. ``rates`` holds
+# the learned rates in phi's structure, leaves [layers], or ``None``.
+
+
+@INNER_OPTIMIZERS.register("sgd")
+def clipped_sgd(config: MemoryConfig, rates: Phi = None) -> optax.GradientTransformation:
+    """SGD after clipping (paper, section 4.3), with learned rates or ``learning_rate``."""
     clip = {
         "local": clip_local(config.clip_norm),
         "global": clip_global(config.clip_norm),
@@ -131,14 +634,11 @@ def inner_optimizer(config: MemoryConfig, rates: Phi = None) -> optax.GradientTr
     }[config.clip]
     if rates is None:
         return optax.chain(clip, optax.sgd(config.learning_rate))
-    return optax.chain(clip, _sgd_per_layer(rates))
 
-
-def _sgd_per_layer(rates: Phi) -> optax.GradientTransformation:
     def step(g, rate):
         return -rate.reshape(-1, *(1,) * (g.ndim - 1)) * g
 
-    return _stateless(lambda grads: jax.tree.map(step, grads, rates))
+    return optax.chain(clip, optax.stateless(lambda g, _: jax.tree.map(step, g, rates)))
 
 
 def clip_local(norm: float) -> optax.GradientTransformation:
@@ -148,31 +648,20 @@ def clip_local(norm: float) -> optax.GradientTransformation:
     tensor; the factor is norm / (|g| + 1e-12).
     """
 
-    def clip(grads):
-        def one(g):
-            return g * _clip_factor(jnp.sum(g**2, axis=(-2, -1), keepdims=True), norm)
+    def one(g):
+        return g * _clip_factor(jnp.sum(g**2, axis=(-2, -1), keepdims=True), norm)
 
-        return jax.tree.map(one, grads)
-
-    return _stateless(clip)
+    return optax.stateless(lambda grads, _: jax.tree.map(one, grads))
 
 
 def clip_global(norm: float) -> optax.GradientTransformation:
     """Scale all gradients by one factor where their common norm exceeds ``norm``."""
 
-    def clip(grads):
+    def clip(grads, _):
         square = sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
         return jax.tree.map(lambda g: g * _clip_factor(square, norm), grads)
 
-    return _stateless(clip)
-
-
-def _stateless(change: Callable[[Phi], Phi]) -> optax.GradientTransformation:
-    def update(grads, state, params=None):
-        del params
-        return change(grads), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(clip)
 
 
 def _clip_factor(square: jax.Array, bound: float) -> jax.Array:
@@ -181,137 +670,3 @@ def _clip_factor(square: jax.Array, bound: float) -> jax.Array:
     norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
     exceeds = (square > 0) & (norm > bound)
     return jnp.where(exceeds, bound / (norm + 1e-12), 1.0)
-
-
-def measured(loss: InnerLoss, wanted: bool | jax.Array, axis_name: str | None = None) -> Measure:
-    """Losses of all groups as plain numbers, no derivative, computed only where ``wanted``."""
-
-    def measure(theta, phi, state):
-        theta, phi, state = jax.lax.stop_gradient((theta, phi, state))
-
-        def compute():
-            return _losses(loss, theta, phi, state)
-
-        unknown = jax.eval_shape(compute)
-        unknown = jnp.full(unknown.shape, jnp.nan, unknown.dtype)
-        if isinstance(wanted, bool):
-            found = compute() if wanted else unknown
-        else:
-            found = jax.lax.cond(wanted, compute, lambda: unknown)
-        return _over_devices(found, axis_name)
-
-    return measure
-
-
-def constant_gradient(loss: InnerLoss, axis_name: str | None = None) -> InnerGradient:
-    """Gradient in phi of every group's loss, without a derivative of its own: first order."""
-    rule = reverse_gradient(loss, axis_name)
-
-    def value_and_gradient(theta, phi, state):
-        return jax.lax.stop_gradient(rule(theta, phi, state))
-
-    return value_and_gradient
-
-
-def reverse_gradient(loss: InnerLoss, axis_name: str | None = None) -> InnerGradient:
-    """Gradient in phi of every group's loss, by plain reverse mode.
-
-    Differentiating it again is reverse over reverse: correct, and the oracle of
-    ``forward_over_reverse_gradient``, but its residuals are large. ``axis_name`` sums the devices'
-    shares of the loss and must then not be differentiated again.
-    """
-
-    def value_and_gradient(theta, phi, state):
-        ones = jnp.ones((fast_weights.number_of_groups(phi),))
-        grads, losses = jax.grad(_weighted(loss), 1, has_aux=True)(theta, phi, state, ones)
-        return _over_devices((losses, grads), axis_name)
-
-    return value_and_gradient
-
-
-def forward_over_reverse_gradient(loss: InnerLoss, axis_name: str | None = None) -> InnerGradient:
-    """The same gradient with a cheap exact derivative: a Jacobian-vector product of the gradient.
-
-    For a cotangent v of grad_phi L, what flows back to (theta, phi, state) is the derivative of
-    grad_(theta, phi, state) L along v in phi (second derivatives commute), so that only the inputs
-    are kept for the backward pass (the idea of MixFlow-MG, arXiv 2505.00793).
-
-    With ``axis_name`` every device holds the same phi and a share of the loss: the rule sums the
-    incoming cotangent over the axis before the product and differentiates the local share.
-
-    A group whose loss or gradient is not finite counts as a constant: ``adapt`` skips its step.
-    """
-    weighted = _weighted(loss)
-
-    @jax.custom_vjp
-    def value_and_gradient(theta, phi, state):
-        return reverse_gradient(loss, axis_name)(theta, phi, state)
-
-    def forward(theta, phi, state):
-        loss, grads = value_and_gradient(theta, phi, state)
-        fine = jnp.isfinite(loss) & jnp.isfinite(fast_weights.group_norms(grads))
-        return (loss, grads), (theta, phi, state, fine)
-
-    def backward(saved, cotangents):
-        theta, phi, state, fine = saved
-        cotangents = _over_devices(cotangents, axis_name)
-        # A group that is not finite is skipped: nothing depends on it, so nothing flows back.
-        zeros = jax.tree.map(jnp.zeros_like, cotangents)
-        loss_cotangent, direction = _where(fine, cotangents, zeros)
-        floats, rebuild = _split_floats(state)
-        phi, floats = _harmless(fine, (phi, floats))
-        trained, complete = differentiable(theta)
-
-        def gradients(phi, weights):
-            def total(trained, phi, floats):
-                return weighted(complete(trained), phi, rebuild(floats), weights)[0]
-
-            return jax.grad(total, (0, 1, 2))(trained, phi, floats)
-
-        # One product for both outputs: moving the weights along the losses' cotangent adds
-        # sum_g c_g grad L_g to the second-order term.
-        at = (phi, jnp.ones_like(loss_cotangent))
-        _, (d_trained, d_phi, d_floats) = jax.jvp(gradients, at, (direction, loss_cotangent))
-        d_theta = d_trained
-        if isinstance(theta, Partitioned):
-            d_theta = Partitioned(d_trained, frozen=None)  # no cotangent at all
-        return d_theta, d_phi, rebuild(d_floats, keep_others=False)
-
-    value_and_gradient.defvjp(forward, backward)
-    return value_and_gradient
-
-
-def _weighted(loss: InnerLoss):
-    """(theta, phi, state, weights [g]) -> (weighted sum of the groups' losses, losses [g])."""
-
-    def total(theta, phi, state, weights):
-        losses = _losses(loss, theta, phi, state)
-        return jnp.sum(losses * weights.astype(losses.dtype)), losses
-
-    return total
-
-
-def _losses(loss: InnerLoss, theta: Theta, phi: Phi, state: Any) -> jax.Array:
-    """Losses of all groups, [g]."""
-    groups = fast_weights.number_of_groups(phi)
-    return partitioning.map_groups(loss, groups, (None, 0, 0))(theta, phi, state)
-
-
-def _over_devices(tree, axis_name: str | None):
-    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
-
-
-def _split_floats(tree):
-    """Return the inexact leaves of a tree, and a function that puts such leaves back into it."""
-    leaves, structure = jax.tree.flatten(tree)
-    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-
-    def rebuild(floats, keep_others=True):
-        floats = iter(floats)
-        merged = [
-            next(floats) if is_float else (leaf if keep_others else None)
-            for leaf, is_float in zip(leaves, inexact, strict=True)
-        ]
-        return jax.tree.unflatten(structure, merged)
-
-    return [x for x, is_float in zip(leaves, inexact, strict=True) if is_float], rebuild

@@ -1,332 +1,295 @@
-"""The outer loss conditioned on memory, and the three ways its gradient treats the inner loop.
+"""The outer step of the bilevel problem: adapt phi, then take the MDLM loss with it.
 
-The three meta-gradients differ only in where ``stop_gradient`` stands and in the rule of the inner
-gradient:
+``outer_loss`` reads top to bottom. Differentiating it in theta gives the meta-gradient. The three
+rules differ in what they treat as a constant:
 
-* ``first_order``: inner gradients are constants, so phi_K is one (the paper);
-* ``trunk_stopped``: the hidden states that the inner loop reads are constants;
-* ``exact``: nothing is.
+* ``FirstOrder``: everything the inner loop reads, so that phi_K is a constant (the paper);
+* ``TrunkStopped``: the hidden states that the inner loop reads;
+* ``Exact``: nothing.
+
+A new rule is one class with one line in ``META_GRADIENTS``; a config then names it
+(``memory.meta_gradient``).
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from memdlm_jax.diffusion import objective
-from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
-from memdlm_jax.diffusion.schedule import LinearSchedule, loss_weight
-from memdlm_jax.memory import fast_weights, inner_loop, learned, shortcuts, walk
-from memdlm_jax.memory import losses as inner_losses
-from memdlm_jax.memory import trajectory as trajectories
-from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.inner_loop import InnerStep
-from memdlm_jax.memory.learned import InnerParameters
-from memdlm_jax.memory.losses import InnerLoss
-from memdlm_jax.memory.trajectory import State, Trajectory
-from memdlm_jax.typing import Batch, Denoiser, Hidden, Key, Mask, Partitioned, Phi, Theta
-
-Corrupt = Callable[[Key, Batch], tuple[Mask, Float[Array, "b"]]]
-"""(key, batch) -> (anchor mask [b, l] within ``maskable``, loss weight [b])."""
+from memdlm_jax.diffusion.objective import Anchor
+from memdlm_jax.memory import fast_weights
+from memdlm_jax.memory.inner_loop import (
+    GroupLoss,
+    InnerGradient,
+    InnerLoop,
+    InnerParameters,
+    InnerStep,
+    choose_groups,
+    computed_if,
+    group_losses,
+    harmless,
+    sum_over,
+)
+from memdlm_jax.memory.trajectory import Trajectory
+from memdlm_jax.parameters import Partitioned, differentiable
+from memdlm_jax.registry import META_GRADIENTS
+from memdlm_jax.typing import Hidden, Phi, Theta
 
 
 @flax.struct.dataclass
 class OuterLoss:
-    """Sums over the batch; divide by ``maskable`` for nats per maskable token.
+    """What came of the inner loop and of the outer loss, summed over the batch.
 
     Attributes:
-        memory_on: outer loss with phi_K. Phi has seen the very targets of this loss: never show it
-            without ``memory_off``.
+        memory_on: outer loss with phi_K. In the paper's recipe phi_K was trained on the targets
+            that this loss scores: never show it without ``memory_off``.
         memory_off: the same loss on the same masks with phi = None; NaN where not asked for.
-        maskable: maskable tokens of the batch.
-        rows: rows that have one.
-        inner: record of the inner steps; ``None`` without memory.
-        phi_norm: mean over the groups of |phi_K|; ``None`` without memory.
-        phi_change: mean over the groups of |phi_K - phi_0|; ``None`` without memory.
-        phi: the adapted fast weights phi_K; ``None`` without memory.
+        inner: record of the inner steps.
+        phi_norm: mean over the groups of |phi_K|.
+        phi_change: mean over the groups of |phi_K - phi_0|.
+        phi: the adapted fast weights phi_K.
     """
 
     memory_on: Float[Array, ""]
     memory_off: Float[Array, ""]
-    maskable: Int[Array, ""]
-    rows: Int[Array, ""]
-    inner: InnerStep | None = None
-    phi_norm: Float[Array, ""] | None = None
-    phi_change: Float[Array, ""] | None = None
-    phi: Phi = None
-
-
-def step_keys(key: Key, axis_name: str | None = None) -> tuple[Key, Key, Key, Key]:
-    """Keys of phi_0 and, different on every device, of the anchor, inner masks and dropout."""
-    phi_key, *others = jax.random.split(key, 4)
-    if axis_name is not None:
-        device = jax.lax.axis_index(axis_name)
-        others = [jax.random.fold_in(k, device) for k in others]
-    return phi_key, *others
-
-
-def draw_anchor(
-    key: Key,
-    denoiser: Denoiser,
-    batch: Batch,
-    schedule: LinearSchedule,
-    capacity: int | None = None,
-    corrupt: Corrupt | None = None,
-    loss: LossConfig = PAPER_LOSS,
-) -> tuple[Mask, Float[Array, "b"], State]:
-    """Draw the outer loss's mask [b, l], the schedule's (or ``corrupt``'s) weights and x_t."""
-    if corrupt is None:
-        mask, t = trajectories.draw_anchor(key, batch, schedule)
-        weight = loss_weight(t)
-    else:
-        mask, weight = corrupt(key, batch)
-    weights = loss.row_weights(weight, batch)
-    state = trajectories.anchor_state(batch, mask, weights, denoiser.mask_token_id, capacity)
-    return mask, weight, state
-
-
-def draw(
-    key: Key,
-    denoiser: Denoiser,
-    config: MemoryConfig,
-    batch: Batch,
-    schedule: LinearSchedule,
-    *,
-    capacity: int | None = None,
-    axis_name: str | None = None,
-    corrupt: Corrupt | None = None,
-    loss: LossConfig = PAPER_LOSS,
-    micro_batches: int = 1,
-    training: bool = True,
-) -> tuple[Phi, State, Trajectory]:
-    """Draw all that is random in one step: phi_0, the anchor, and the trajectory to it.
-
-    Args:
-        key: PRNG key. Under ``pmap`` it must be the same on all devices for the ``global`` scope's
-            phi_0; masks are drawn per device all the same.
-        denoiser: the backbone.
-        config: memory settings.
-        batch: clean rows.
-        schedule: masking schedule of the outer loss.
-        capacity: target slots of a row, see ``objective.gather_targets``.
-        axis_name: device axis, if any.
-        corrupt: draws the anchor's mask and weight in the schedule's place.
-        loss: how the outer loss weighs its rows.
-        micro_batches: parts of a device's rows of which ``batch`` is one.
-        training: whether inputs of fast weights are dropped, where the config says so.
-
-    Raises:
-        ValueError: if the rows cannot be shared out among the config's memories.
-    """
-    phi_key, anchor_key, mask_key, dropout_key = step_keys(key, axis_name)
-    outer = trajectories.without_padding(batch) if config.padding == "both" else batch
-    mask, weight, anchor = draw_anchor(
-        anchor_key, denoiser, outer, schedule, capacity, corrupt, loss
-    )
-    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    groups = number_of_groups(config, batch.tokens.shape[0], devices * micro_batches)
-    trajectory = trajectories.draw(
-        mask_key, config, batch, mask, weight, denoiser.mask_token_id, groups,
-        capacity=capacity, axis_name=axis_name if config.scope == "global" else None,
-        dropout_key=dropout_key if training else None,
-    )  # fmt: skip
-    return fast_weights.init(phi_key, denoiser, config, groups), anchor, trajectory
-
-
-def number_of_groups(config: MemoryConfig, rows: int, parts: int = 1) -> int:
-    """Memories of ``rows`` rows, which are one of ``parts`` equal parts of a step's batch.
-
-    Raises:
-        ValueError: if the ``device`` scope's groups do not divide the parts and their rows evenly.
-    """
-    if config.scope == "example":
-        return rows
-    if config.scope == "global":
-        return 1
-    if config.groups % parts or rows % (config.groups // parts):
-        raise ValueError(
-            f"memory.groups={config.groups} must be a multiple of the {parts} parts (devices times "
-            f"micro-batches) of a step's batch, and share out the {rows} rows of a part evenly"
-        )
-    return config.groups // parts
+    inner: InnerStep
+    phi_norm: Float[Array, ""]
+    phi_change: Float[Array, ""]
+    phi: Phi
 
 
 def outer_loss(
-    denoiser: Denoiser,
-    config: MemoryConfig,
+    inner_loop: InnerLoop,
     theta: Theta,
+    learned: InnerParameters | None,
     phi: Phi,
-    batch: Batch,
-    anchor: State,
     trajectory: Trajectory,
+    anchor: Anchor,
     *,
     with_memory_off: bool | jax.Array = True,
     axis_name: str | None = None,
-    inner: InnerParameters | None = None,
-    inner_loss: InnerLoss | None = None,
-    inner_optimizer: optax.GradientTransformation | None = None,
-    is_fresh: bool = False,
 ) -> tuple[Float[Array, ""], OuterLoss]:
     """Adapt phi along the trajectory, then take the MDLM loss at the anchor (paper, section 4).
 
+    What is written (``trajectory``) and what is read (``anchor``) are separate. They may be the
+    same rows, as in the paper, or different ones: a context that is written, and a question about
+    it that is read. Both are divided evenly among the groups of phi, in order.
+
     Args:
-        denoiser: the backbone.
-        config: memory settings; ``meta_gradient`` decides what differentiating this in theta means.
+        inner_loop: how memory is written; its ``meta_gradient`` decides what differentiating this
+            function in theta means.
         theta: base parameters.
+        learned: learned parts of the inner loop, or ``None``.
         phi: phi_0, leaves [groups, ...].
-        batch: clean rows; only ``valid`` and ``maskable`` are read.
-        anchor: x_t, its targets and w(t).
-        trajectory: states of the inner loop.
+        trajectory: what is written.
+        anchor: what is read.
         with_memory_off: also compute the loss without memory, and the inner losses after each step
             (no gradient flows through them).
         axis_name: device axis over which a ``global`` memory is shared.
-        inner: the learned inner loop's parameters.
-        inner_loss: loss of one group's ``HeadState`` in the place of the config's; with a
-            ``global`` memory on several devices, of a device's share.
-        inner_optimizer: any optax optimiser in the place of the config's clipped SGD. Unless
-            ``first_order``, it needs a derivative where an inner gradient is exactly zero:
-            ``optax.adam`` with ``eps_root > 0``.
-        is_fresh: ``phi`` is as ``draw`` made it, with B = 0; its first step then costs less.
 
     Returns:
         (sum of the memory-on loss over this batch, all sums).
-
-    Raises:
-        ValueError: if learned rates meet an ``inner_optimizer``, which would not use them.
     """
-    if config.padding == "both":
-        batch = trajectories.without_padding(batch)
-    inner_theta, hold_hidden = _inner_view(config, theta)
-    entering = None
-    if inner_loss is None and not config.distils and config.meta_gradient != "trunk_stopped":
-        # Not where the first head layer's attention has another gradient than the trunk, nor
-        # where others than the losses of labels read its input.
-        entering = fast_weights.entering(denoiser, config)
-    reader = walk.Reader(
-        denoiser, config, inner_theta, batch.valid, None, fast_weights.number_of_groups(phi),
-        entering, hold_hidden,
-    )  # fmt: skip
-    hidden = reader.enter(reader.trunk(anchor.tokens, theta), anchor, theta)
-    count, leading = walk.leading(reader, trajectory)
-    steps = walk.head_states(reader, trajectory, hidden, count)
-    phi = learned.started(inner, phi)
-    loss = inner_losses.build(denoiser, config) if inner_loss is None else inner_loss
+    config, split = inner_loop.config, inner_loop.split
     shared_axis = axis_name if config.scope == "global" else None
+    rule = META_GRADIENTS(config.meta_gradient)(shared_axis)
+    entered = inner_loop.enters(rule)
+
+    # 1. The anchor up to where phi is first read, once for the inner loop and the outer loss.
+    hidden = inner_loop.read(theta, anchor.state, anchor.context, entered)
+
+    # 2. Write: gradient steps on phi along the trajectory.
     adapted, record = inner_loop.adapt(
-        _RULES[config.meta_gradient](loss, shared_axis), inner_theta, phi, steps,
-        optimizer_of(config, inner, inner_optimizer),
-        inner_loop.measured(loss, with_memory_off, shared_axis), leading,
-        is_fresh and config.meta_gradient == "first_order" and inner_loss is None
-        and trajectory.dropout is None,
-    )  # fmt: skip
-    read = functools.partial(
-        anchor_loss, denoiser, valid=batch.valid, anchor=anchor,
-        split=fast_weights.split_of(denoiser, config), entered=entering is not None,
-    )  # fmt: skip
-    memory_on = read(theta, _as_read(config, theta, adapted, trajectory), hidden)
-    memory_off = _memory_off(read, theta, hidden, with_memory_off)
-    norm, change = jax.lax.stop_gradient(
-        [fast_weights.group_norms(x).mean() for x in (adapted, _difference(adapted, phi))]
-    )
-    return memory_on, OuterLoss(
-        memory_on, memory_off, *_counts(batch), record, norm, change, adapted
+        theta, learned, phi, trajectory, rule, hidden, with_memory_off
     )
 
+    # 3. Read: the MDLM loss with phi_K, and without memory for comparison.
+    def read(theta, phi, hidden):
+        last = fast_weights.head_with_memory(
+            inner_loop.denoiser, theta, phi, hidden, anchor.context,
+            split=split, at=anchor.state.targets.positions, entered=entered,
+        )  # fmt: skip
+        return objective.state_loss(inner_loop.denoiser, theta, last, anchor.state)
 
-def _as_read(config: MemoryConfig, theta: Theta, phi: Phi, trajectory: Trajectory) -> Phi:
-    """The adapted fast weights in the form in which the outer loss reads them."""
+    used = adapted
     if trajectory.dropout is not None:
-        drop = functools.partial(fast_weights.with_dropout, rate=config.dropout)
-        return jax.vmap(drop)(phi, trajectory.dropout[-1])
-    return shortcuts.fused(phi) if _is_fused(config, theta, phi) else phi
+        drop = jax.vmap(lambda phi, key: fast_weights.with_dropout(phi, key, config.dropout))
+        used = drop(adapted, trajectory.dropout[-1])
+    memory_on = read(theta, used, hidden)
+    constants = jax.lax.stop_gradient((theta, None, hidden))
+    memory_off = computed_if(with_memory_off, lambda: read(*constants))
+
+    change = jax.tree.map(jnp.subtract, adapted, phi)
+    norm, moved = jax.lax.stop_gradient(
+        [fast_weights.group_norms(tree).mean() for tree in (adapted, change)]
+    )
+    return memory_on, OuterLoss(memory_on, memory_off, record, norm, moved, adapted)
 
 
-def _is_fused(config: MemoryConfig, theta: Theta, phi: Phi) -> bool:
-    """Whether the outer loss adds the one memory to the base.
+@META_GRADIENTS.register("first_order")
+@dataclasses.dataclass(frozen=True)
+class FirstOrder:
+    """The inner loop's inputs are constants of the outer loss (the paper and its code).
 
-    A derivative in the memory is then taken through that of the base, which must be wanted itself.
+    Attributes:
+        axis_name: device axis over which one memory is shared, if any.
     """
-    trained = not isinstance(theta, Partitioned)
-    one = fast_weights.number_of_groups(phi) == 1
-    return one and (trained or config.meta_gradient == "first_order")
+
+    axis_name: str | None = None
+    shares_attention = True
+
+    def inner_theta(self, theta: Theta) -> Theta:
+        """Theta as a constant."""
+        return jax.lax.stop_gradient(theta)
+
+    def inner_hidden(self, hidden: Hidden) -> Hidden:
+        """Hidden states as constants."""
+        return jax.lax.stop_gradient(hidden)
+
+    def gradient(self, loss: GroupLoss) -> InnerGradient:
+        """The inner gradient as a constant."""
+        return constant_gradient(loss, self.axis_name)
 
 
-def _counts(batch: Batch) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Maskable tokens, and rows that have one."""
-    counts = batch.maskable.sum(-1)
-    return counts.sum(), jnp.sum(counts > 0)
+@META_GRADIENTS.register("exact")
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """Nothing is a constant: the true gradient of the outer loss.
 
-
-_RULES = {
-    "first_order": inner_loop.constant_gradient,
-    "trunk_stopped": inner_loop.forward_over_reverse_gradient,
-    "exact": inner_loop.forward_over_reverse_gradient,
-}
-
-
-def _difference(a: Phi, b: Phi) -> Phi:
-    return jax.tree.map(jnp.subtract, a, b)
-
-
-def _inner_view(config: MemoryConfig, theta: Theta):
-    """Theta as the inner loop sees it, and what it does to the hidden states it reads."""
-    stop = jax.lax.stop_gradient
-    if config.meta_gradient == "first_order":
-        return stop(theta), stop
-    return theta, stop if config.meta_gradient == "trunk_stopped" else lambda hidden: hidden
-
-
-def optimizer_of(
-    config: MemoryConfig,
-    inner: InnerParameters | None = None,
-    optimizer: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformation:
-    """The given optimiser, or clipped SGD with learned or fixed rates."""
-    rates = learned.rates(inner)
-    if optimizer is None:
-        return inner_loop.inner_optimizer(config, rates)
-    if rates is not None:
-        raise ValueError("learned has 'rates', but another inner optimiser has rates of its own")
-    return optimizer
-
-
-def anchor_loss(
-    denoiser: Denoiser, theta: Theta, phi: Phi, hidden: Hidden, valid: Mask, anchor: State, *,
-    split: int, entered: bool = False,
-) -> Float[Array, ""]:  # fmt: skip
-    """Sum of the outer loss from the trunk's output; ``phi = None`` is the plain model.
-
-    With ``entered``, ``hidden`` is what ``typing.EnteringDenoiser.enter`` made of it.
+    Attributes:
+        axis_name: device axis over which one memory is shared, if any.
     """
-    last = fast_weights.head_with_memory(
-        denoiser, theta, phi, hidden, valid, split=split, at=anchor.targets.positions,
-        entered=entered,
-    )  # fmt: skip
-    losses = objective.label_losses(denoiser, theta, last, anchor.targets)
-    return objective.weighted_sum(losses, anchor.targets, anchor.weight)
+
+    axis_name: str | None = None
+    shares_attention = True
+
+    def inner_theta(self, theta: Theta) -> Theta:
+        """Theta itself."""
+        return theta
+
+    def inner_hidden(self, hidden: Hidden) -> Hidden:
+        """Hidden states themselves."""
+        return hidden
+
+    def gradient(self, loss: GroupLoss) -> InnerGradient:
+        """The inner gradient with an exact derivative."""
+        return forward_over_reverse_gradient(loss, self.axis_name)
 
 
-def _memory_off(read, theta, hidden, wanted):
-    theta, hidden = jax.lax.stop_gradient((theta, hidden))
+@META_GRADIENTS.register("trunk_stopped")
+class TrunkStopped(Exact):
+    """Exact through fast weights and head layers; the trunk's hidden states are constants."""
 
-    def compute():
-        return read(theta, None, hidden)
+    shares_attention = False  # In the first head layer it has a gradient, unlike in the trunk.
 
-    if isinstance(wanted, bool):
-        return compute() if wanted else jnp.nan
-    unknown = jnp.full((), jnp.nan, jax.eval_shape(compute).dtype)
-    return jax.lax.cond(wanted, compute, lambda: unknown)
+    def inner_hidden(self, hidden: Hidden) -> Hidden:
+        """Hidden states as constants."""
+        return jax.lax.stop_gradient(hidden)
 
 
-def plain_loss(
-    denoiser: Denoiser, theta: Theta, batch: Batch, anchor: State
-) -> tuple[Float[Array, ""], OuterLoss]:
-    """The standard MDLM loss (paper, equation 2): no memory, both sums are the same number."""
-    split = fast_weights.plain_split(denoiser)
-    hidden = denoiser.trunk(theta, anchor.tokens, batch.valid, split=split)
-    loss = anchor_loss(denoiser, theta, None, hidden, batch.valid, anchor, split=split)
-    return loss, OuterLoss(loss, jax.lax.stop_gradient(loss), *_counts(batch))
+def constant_gradient(loss: GroupLoss, axis_name: str | None = None) -> InnerGradient:
+    """Gradient in phi of every group's loss, without a derivative of its own: first order."""
+    rule = reverse_gradient(loss, axis_name)
+
+    def value_and_gradient(theta, phi, state):
+        return jax.lax.stop_gradient(rule(theta, phi, state))
+
+    return value_and_gradient
+
+
+def reverse_gradient(loss: GroupLoss, axis_name: str | None = None) -> InnerGradient:
+    """Gradient in phi of every group's loss, by plain reverse mode.
+
+    Differentiating it again is reverse over reverse: correct, and the oracle of
+    ``forward_over_reverse_gradient``, but its residuals are large. ``axis_name`` sums the devices'
+    shares of the loss and must then not be differentiated again.
+    """
+
+    def value_and_gradient(theta, phi, state):
+        ones = jnp.ones((fast_weights.number_of_groups(phi),))
+        grads, losses = jax.grad(_weighted(loss), 1, has_aux=True)(theta, phi, state, ones)
+        return sum_over(axis_name, (losses, grads))
+
+    return value_and_gradient
+
+
+def forward_over_reverse_gradient(loss: GroupLoss, axis_name: str | None = None) -> InnerGradient:
+    """The same gradient with a cheap exact derivative: a Jacobian-vector product of the gradient.
+
+    For a cotangent v of grad_phi L, what flows back to (theta, phi, state) is the derivative of
+    grad_(theta, phi, state) L along v in phi (second derivatives commute), so that only the inputs
+    are kept for the backward pass (the idea of MixFlow-MG, arXiv 2505.00793).
+
+    With ``axis_name`` every device holds the same phi and a share of the loss: the rule sums the
+    incoming cotangent over the axis before the product and differentiates the local share.
+
+    A group whose loss or gradient is not finite counts as a constant: ``fold`` skips its step.
+    """
+    weighted = _weighted(loss)
+
+    @jax.custom_vjp
+    def value_and_gradient(theta, phi, state):
+        return reverse_gradient(loss, axis_name)(theta, phi, state)
+
+    def forward(theta, phi, state):
+        loss, grads = value_and_gradient(theta, phi, state)
+        fine = jnp.isfinite(loss) & jnp.isfinite(fast_weights.group_norms(grads))
+        return (loss, grads), (theta, phi, state, fine)
+
+    def backward(saved, cotangents):
+        theta, phi, state, fine = saved
+        cotangents = sum_over(axis_name, cotangents)
+        # A group that is not finite is skipped: nothing depends on it, so nothing flows back.
+        zeros = jax.tree.map(jnp.zeros_like, cotangents)
+        loss_cotangent, direction = choose_groups(fine, cotangents, zeros)
+        floats, rebuild = _split_floats(state)
+        phi, floats = harmless(fine, (phi, floats))
+        trained, complete = differentiable(theta)
+
+        def gradients(phi, weights):
+            def total(trained, phi, floats):
+                return weighted(complete(trained), phi, rebuild(floats), weights)[0]
+
+            return jax.grad(total, (0, 1, 2))(trained, phi, floats)
+
+        # One product for both outputs: moving the weights along the losses' cotangent adds
+        # sum_g c_g grad L_g to the second-order term.
+        at = (phi, jnp.ones_like(loss_cotangent))
+        _, (d_trained, d_phi, d_floats) = jax.jvp(gradients, at, (direction, loss_cotangent))
+        d_theta = d_trained
+        if isinstance(theta, Partitioned):
+            d_theta = Partitioned(d_trained, frozen=None)  # no cotangent at all
+        return d_theta, d_phi, rebuild(d_floats, keep_others=False)
+
+    value_and_gradient.defvjp(forward, backward)
+    return value_and_gradient
+
+
+def _weighted(loss: GroupLoss) -> Callable:
+    """(theta, phi, state, weights [g]) -> (weighted sum of the groups' losses, losses [g])."""
+
+    def total(theta, phi, state, weights):
+        losses = group_losses(loss, theta, phi, state)
+        return jnp.sum(losses * weights.astype(losses.dtype)), losses
+
+    return total
+
+
+def _split_floats(tree):
+    """Return the inexact leaves of a tree, and a function that puts such leaves back into it."""
+    leaves, structure = jax.tree.flatten(tree)
+    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def rebuild(floats, keep_others=True):
+        floats = iter(floats)
+        merged = [
+            next(floats) if is_float else (leaf if keep_others else None)
+            for leaf, is_float in zip(leaves, inexact, strict=True)
+        ]
+        return jax.tree.unflatten(structure, merged)
+
+    return [x for x, is_float in zip(leaves, inexact, strict=True) if is_float], rebuild

@@ -1,7 +1,11 @@
-"""The anchor and the denoising states that the inner loop walks through.
+"""The trajectory: the corrupted states that the inner loop learns from.
 
-Everything random of one step is drawn here, so that what follows is a deterministic function: a
-replay puts a recorded ``Trajectory`` in the place of ``draw``.
+A masking strategy draws the masks, ``draw`` turns them into states with targets and weights. All
+random draws of a trajectory happen here; what follows is deterministic. To replay a step, pass a
+recorded ``Trajectory`` instead of calling ``draw``.
+
+A strategy is one function ``(key, config, rows) -> Masks`` with one line in
+``MASKING_STRATEGIES``; a config then names it (``memory.masking``).
 """
 
 import dataclasses
@@ -12,28 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from memdlm_jax.diffusion import masking, objective, schedule
-from memdlm_jax.diffusion.objective import Targets
+from memdlm_jax.diffusion import masking, objective
+from memdlm_jax.diffusion.objective import Anchor, NoisyState
+from memdlm_jax.diffusion.schedule import LinearSchedule, Schedule
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.typing import Batch, Key, Mask, Tokens
+from memdlm_jax.registry import MASKING_STRATEGIES
+from memdlm_jax.typing import Batch, Context, Key, Mask, Tokens
 
 PROGRESSIVE_START = 0.8
-"""First mask ratio of ``progressive_memory``, the public code's."""
-
-
-@flax.struct.dataclass
-class State:
-    """One noisy state of every row with what is supervised on it.
-
-    Attributes:
-        tokens: [b, l] int32, x with masks in it.
-        targets: clean tokens at the supervised positions.
-        weight: [b] weight of each row's summed loss. Inner losses carry their normaliser in it.
-    """
-
-    tokens: Tokens
-    targets: Targets
-    weight: Float[Array, "b"]
+"""First mask ratio of ``progressive_memory``, as in the public code."""
 
 
 @flax.struct.dataclass
@@ -42,18 +33,20 @@ class Trajectory:
 
     Attributes:
         states: one per inner step of an epoch.
-        ends_at_anchor: the last state's tokens and targets are those of the anchor, so what is
-            computed on them before phi is read is shared with the outer loss.
-        after: [b, l] int32, what follows the last state: the clean tokens; ``None`` is the anchor.
-            Read by teachers only.
+        context: of the rows that are written.
+        ends_at_anchor: the last state has the tokens and targets of the outer loss's anchor, so
+            both share what is computed before phi is read.
+        after: [b, l] int32, tokens that follow the last state, for teachers only; ``None`` is the
+            anchor.
         dropout: keys of the inputs' dropout, [inner steps + 1, groups], the last ones for the
             outer loss; ``None`` without dropout.
-        teachers: which state the teacher of each state reads, ``len(states)`` being ``after``;
+        teachers: which state the teacher of each state reads, ``len(states)`` meaning ``after``;
             ``None`` is the next one.
         epochs: times the states are walked.
     """
 
-    states: tuple[State, ...]
+    states: tuple[NoisyState, ...]
+    context: Context
     ends_at_anchor: bool = flax.struct.field(pytree_node=False)
     after: Tokens | None = None
     dropout: Key | None = None
@@ -61,113 +54,177 @@ class Trajectory:
     epochs: int = flax.struct.field(pytree_node=False, default=1)
 
 
-def draw_anchor(
-    key: Key, batch: Batch, linear: schedule.LinearSchedule
-) -> tuple[Mask, Float[Array, "b"]]:
-    """Draw the outer loss's mask [b, l] and times t [b] (paper, section 2)."""
-    time_key, mask_key = jax.random.split(key)
-    t = linear.sample_times(time_key, batch.tokens.shape[0])
-    return masking.bernoulli_mask(mask_key, batch.maskable, t), t
+@flax.struct.dataclass
+class Rows:
+    """The clean rows that are written into memory.
+
+    Attributes:
+        tokens: [b, l] int32.
+        maskable: [b, l] bool, positions that states may mask.
+        anchor: [b, l] bool, subset of ``maskable``: the mask that a trajectory may lead to.
+        weight: [b] loss weight of the anchor.
+        context: of the rows.
+        mask_token_id: id of the mask token.
+        schedule: weighs states by their mask ratio.
+        is_outer_anchor: the outer loss has this anchor, too.
+    """
+
+    tokens: Tokens
+    maskable: Mask
+    anchor: Mask
+    weight: Float[Array, "b"]
+    context: Context
+    mask_token_id: int = flax.struct.field(pytree_node=False)
+    schedule: Schedule = flax.struct.field(pytree_node=False, default=LinearSchedule())
+    is_outer_anchor: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def masked(self, mask: Mask) -> Tokens:
+        """The tokens [b, l] with mask tokens where ``mask`` is True."""
+        return masking.apply_mask(self.tokens, mask, self.mask_token_id)
+
+    def weight_at(self, ratio: Float[Array, "b"]) -> Float[Array, "b"]:
+        """Loss weight of rows with this mask ratio."""
+        return self.schedule.weight(self.schedule.time_at(ratio))
 
 
-def anchor_state(batch: Batch, mask: Mask, weight, mask_token_id: int, capacity) -> State:
-    """Build x_t with its targets: all masked positions."""
-    return _state(batch, mask, mask, weight, mask_token_id, capacity)
+@dataclasses.dataclass
+class Masks:
+    """What a masking strategy draws.
+
+    Attributes:
+        masks: [b, l] bool, one per state, in the order of the inner steps.
+        weights: [b] loss weight of each state's rows.
+        at_anchor: the last mask is the anchor's.
+        follows: mask of the state that comes after the last; ``None`` is the clean rows.
+    """
+
+    masks: list[Mask]
+    weights: list[Float[Array, "b"]]
+    at_anchor: bool = False
+    follows: Mask | None = None
 
 
-def _state(batch: Batch, mask: Mask, supervised: Mask, weight, mask_token_id, capacity) -> State:
-    tokens = masking.apply_mask(batch.tokens, mask, mask_token_id)
-    return State(tokens, objective.gather_targets(batch.tokens, supervised, capacity), weight)
-
-
-def without_padding(batch: Batch) -> Batch:
-    """The batch with its supervised padding visible to all and learnt by none."""
-    if batch.padding is None:
-        return batch
-    return dataclasses.replace(batch, maskable=batch.maskable & ~batch.padding)
+def rows_of_anchor(
+    batch: Batch, anchor: Anchor, config: MemoryConfig, mask_token_id: int, schedule: Schedule
+) -> Rows:
+    """The rows to write in the paper's recipe: those that the outer loss scores."""
+    inner = objective.without_padding(batch) if config.padding == "inner" else batch
+    same = inner is batch
+    mask = anchor.mask if same else anchor.mask & inner.maskable
+    return Rows(
+        batch.tokens,
+        inner.maskable,
+        mask,
+        anchor.weight,
+        anchor.context,
+        mask_token_id,
+        schedule,
+        is_outer_anchor=same,
+    )
 
 
 def draw(
     key: Key,
     config: MemoryConfig,
-    batch: Batch,
-    anchor: Mask,
-    weight: Float[Array, "b"],
-    mask_token_id: int,
+    rows: Rows,
     groups: int,
     *,
     capacity: int | None = None,
     axis_name: str | None = None,
     dropout_key: Key | None = None,
 ) -> Trajectory:
-    """Draw the states of the inner loop under any masking strategy.
+    """Draw the states of the inner loop under the config's masking strategy.
 
     Args:
         key: PRNG key.
-        config: strategy, steps, supervised positions, weights, normalisation, padding policy.
-        batch: clean rows; positions to be masked are among ``maskable``.
-        anchor: [b, l] bool, the outer mask, a subset of ``maskable``.
-        weight: [b] loss weight of the anchor, which ``no_progressive`` takes over.
-        mask_token_id: id of the mask token.
-        groups: memories; the rows of each are consecutive and as many.
+        config: strategy, steps, supervised positions, weights, normalisation.
+        rows: what is written.
+        groups: memories; each has as many consecutive rows as the others.
         capacity: target slots of a row, see ``objective.gather_targets``.
         axis_name: device axis over which one memory is shared, if any.
         dropout_key: PRNG key of the inputs' dropout; ``None`` drops nothing.
     """
-    inner = batch if config.padding == "none" else without_padding(batch)
-    shared_anchor = inner is batch or config.padding == "both"
-    end = anchor if shared_anchor else anchor & inner.maskable
-    masks, weights = draw_masks(key, config, inner.maskable, end, weight)
-    follows = [*masks[1:], end if config.masking == "pre_only" else None]
+    drawn = MASKING_STRATEGIES(config.masking)(key, config, rows)
+    following = [*drawn.masks[1:], drawn.follows]
     states = []
-    for mask, following, row_weight in zip(masks, follows, weights, strict=True):
+    for mask, next_mask, weight in zip(drawn.masks, following, drawn.weights, strict=True):
         supervised = mask
-        if config.supervise == "newly_revealed" and following is not None:
-            supervised = mask & ~following
+        if config.supervise == "newly_revealed" and next_mask is not None:
+            supervised = mask & ~next_mask
         if config.weighting == "uniform":
-            row_weight = jnp.ones_like(row_weight)
-        row_weight = normalised(
-            row_weight, supervised.sum(-1), groups, config.normalisation, axis_name
-        )
-        states.append(_state(batch, mask, supervised, row_weight, mask_token_id, capacity))
-    at_anchor = config.masking == "no_progressive" or (config.masking == "pmc" and config.steps > 1)
-    after: Tokens | None = batch.tokens
-    if config.masking == "pre_only":
-        after = None if shared_anchor else masking.apply_mask(batch.tokens, end, mask_token_id)
+            weight = jnp.ones_like(weight)
+        weight = normalised(weight, supervised.sum(-1), groups, config.normalisation, axis_name)
+        targets = objective.gather_targets(rows.tokens, supervised, capacity)
+        states.append(NoisyState(rows.masked(mask), targets, weight))
+    after = None
+    if config.distils:
+        # Where the outer loss reads the same anchor, its hidden states serve the teacher.
+        at_outer_anchor = drawn.follows is rows.anchor and rows.is_outer_anchor
+        if not at_outer_anchor:
+            after = rows.tokens if drawn.follows is None else rows.masked(drawn.follows)
     dropout = None
     if config.dropout and dropout_key is not None:
         dropout = jax.random.split(dropout_key, (len(states) * config.epochs + 1, groups))
     return Trajectory(
         tuple(states),
-        ends_at_anchor=at_anchor and shared_anchor,
-        after=after if config.distils else None,
+        rows.context,
+        ends_at_anchor=drawn.at_anchor and rows.is_outer_anchor,
+        after=after,
         dropout=dropout,
         epochs=config.epochs,
     )
 
 
-def draw_masks(
-    key: Key, config: MemoryConfig, maskable: Mask, anchor: Mask, weight: Float[Array, "b"]
-) -> tuple[list[Mask], list[Float[Array, "b"]]]:
-    """Masks [b, l] of the inner states, and the schedule's weight [b] of each (paper, section 4.2).
+@MASKING_STRATEGIES.register("pmc")
+def anchor_consistent(key: Key, config: MemoryConfig, rows: Rows) -> Masks:
+    """From a pre-anchor state to the anchor, each state a superset of the next (paper, 4.2)."""
+    masks = anchor_consistent_masks(
+        key, rows.maskable, rows.anchor, config.steps, config.pre_anchor_scale
+    )
+    return Masks(masks, _actual_weights(rows, masks), at_anchor=config.steps > 1)
 
-    ``pmc`` and ``pre_only`` weigh by the actual mask ratio, ``progressive_memory`` by the nominal
-    one, ``no_progressive`` takes ``weight``, the anchor's.
+
+@MASKING_STRATEGIES.register("pre_only")
+def pre_anchor_only(key: Key, config: MemoryConfig, rows: Rows) -> Masks:
+    """The pre-anchor state alone."""
+    masks = anchor_consistent_masks(key, rows.maskable, rows.anchor, 1, config.pre_anchor_scale)
+    return Masks(masks, _actual_weights(rows, masks), follows=rows.anchor)
+
+
+@MASKING_STRATEGIES.register("no_progressive")
+def anchor_only(key: Key, config: MemoryConfig, rows: Rows) -> Masks:
+    """The anchor alone, with the weight it has in the outer loss."""
+    del key, config
+    return Masks([rows.anchor], [rows.weight], at_anchor=True)
+
+
+@MASKING_STRATEGIES.register("progressive_memory")
+def independent(key: Key, config: MemoryConfig, rows: Rows) -> Masks:
+    """States independent of the anchor, from mask ratio 0.8 down to ``prompt_mask_ratio``.
+
+    The ratios fall linearly; a single state has the last one. The first state masks each position
+    with probability 0.8. A later one masks min(as many as before, floor(ratio M)) of M maskable
+    positions, a subset of those before. Weights are those of the nominal ratios.
     """
-    if config.masking == "no_progressive":
-        return [anchor], [weight]
-    if config.masking == "progressive_memory":
-        return _independent_masks(key, config, maskable)
-    masks = anchor_consistent_masks(key, maskable, anchor, config.states, config.pre_anchor_scale)
-    available = jnp.maximum(maskable.sum(-1), 1)
-    ratios = [mask.sum(-1).astype(jnp.float32) / available for mask in masks]
-    return masks, [schedule.loss_weight(ratio) for ratio in ratios]
+    mask_key, order_key = jax.random.split(key)
+    last, steps = config.prompt_mask_ratio, config.steps
+    first = PROGRESSIVE_START if steps > 1 else last
+    ratios = [first + (last - first) * k / max(steps - 1, 1) for k in range(steps)]
+    count = rows.maskable.shape[0]
+    mask = masking.bernoulli_mask(mask_key, rows.maskable, jnp.full((count,), first))
+    ranks = masking.random_ranks(order_key, mask)
+    masks = [mask]
+    for ratio in ratios[1:]:
+        exact = fractions.Fraction(ratio).limit_denominator(1000)
+        wanted = rows.maskable.sum(-1) * exact.numerator // exact.denominator
+        masks.append(mask & (ranks < wanted[:, None]))
+    return Masks(masks, [rows.weight_at(jnp.full((count,), ratio)) for ratio in ratios])
 
 
 def anchor_consistent_masks(
     key: Key, maskable: Mask, anchor: Mask, steps: int, scale: float
 ) -> list[Mask]:
-    """Draw the masks of an anchor-consistent trajectory (``pmc``; paper, section 4.2).
+    """Draw the masks of an anchor-consistent trajectory (paper, section 4.2).
 
     Args:
         key: PRNG key.
@@ -193,27 +250,10 @@ def anchor_consistent_masks(
     return masks
 
 
-def _independent_masks(
-    key: Key, config: MemoryConfig, maskable: Mask
-) -> tuple[list[Mask], list[Float[Array, "b"]]]:
-    """``progressive_memory``: Bernoulli at the first ratio, then revealed down to each ratio.
-
-    The ratios fall linearly from 0.8 to ``prompt_mask_ratio``; one state has the latter. After the
-    first a state masks min(as many as before, floor(ratio M)) of M maskable positions.
-    """
-    mask_key, order_key = jax.random.split(key)
-    last, steps = config.prompt_mask_ratio, config.steps
-    first = PROGRESSIVE_START if steps > 1 else last
-    ratios = [first + (last - first) * k / max(steps - 1, 1) for k in range(steps)]
-    rows = maskable.shape[0]
-    mask = masking.bernoulli_mask(mask_key, maskable, jnp.full((rows,), first))
-    ranks = masking.random_ranks(order_key, mask)
-    masks = [mask]
-    for ratio in ratios[1:]:
-        exact = fractions.Fraction(ratio).limit_denominator(1000)
-        wanted = maskable.sum(-1) * exact.numerator // exact.denominator
-        masks.append(mask & (ranks < wanted[:, None]))
-    return masks, [schedule.loss_weight(jnp.full((rows,), ratio)) for ratio in ratios]
+def _actual_weights(rows: Rows, masks: list[Mask]) -> list[Float[Array, "b"]]:
+    """Loss weights at the mask ratios that the rows really have."""
+    available = jnp.maximum(rows.maskable.sum(-1), 1)
+    return [rows.weight_at(mask.sum(-1).astype(jnp.float32) / available) for mask in masks]
 
 
 def normalised(

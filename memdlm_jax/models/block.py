@@ -1,5 +1,6 @@
 """One layer of a transformer, and layers under one scan."""
 
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from memdlm_jax.models.attention import Attention, KeysAndValues, pick
 from memdlm_jax.models.config import Run, TransformerConfig, runs_of
 from memdlm_jax.models.layers import RMSNorm, SwiGLU
 from memdlm_jax.models.moe import Mixture
-from memdlm_jax.typing import Phi
+from memdlm_jax.typing import Cache, Phi
 
 Part = Literal["whole", "attention", "feed_forward"]
 
@@ -165,3 +166,43 @@ def fast_weights_of(config: TransformerConfig, phi: Phi, split: int, start: int,
     if phi is None or len(runs) == 1:
         return phi if phi is None else part(phi, runs[0])
     return {run.name: part(phi[run.name], run) for run in runs if run.name in phi}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Which layers to run, and what to read and keep on the way.
+
+    Attributes:
+        start: first layer.
+        stop: layer after the last.
+        found: collects what the layers sow, by run; ``None`` for nothing.
+        cache: keys and values to attend to beside those of the pass.
+        own: collects the keys and values of the pass, by run; ``None`` for none.
+    """
+
+    start: int
+    stop: int
+    found: dict[str, Any] | None = None
+    cache: Cache | None = None
+    own: Cache | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer to run outside of a scan.
+
+    Attributes:
+        split: first layer with fast weights.
+        number: of the layer.
+        mask: who sees whom; unused by ``feed_forward``.
+        positions: position ids; unused by ``feed_forward``.
+        part: of the layer.
+        at: [b, c] positions wanted; ``None`` for all.
+    """
+
+    split: int
+    number: int
+    mask: jax.Array | None = None
+    positions: jax.Array | None = None
+    part: Part = "whole"
+    at: jax.Array | None = None

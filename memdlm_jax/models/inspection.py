@@ -1,41 +1,22 @@
 """What every layer of a transformer computes on the way."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from memdlm_jax.models.config import Run, TransformerConfig, runs_of
-from memdlm_jax.typing import Hidden, Phi, Theta, Tokens, merged
-
-
-class Layers(Protocol):
-    """The parts of a ``Transformer`` that are looked into."""
-
-    @property
-    def config(self) -> TransformerConfig:
-        """Its sizes."""
-        ...
-
-    def layers(
-        self, theta: Theta, phi: Phi, hidden: Hidden, attend, position_ids, start: int, stop: int,
-        found: dict | None,
-    ) -> Hidden:  # fmt: skip
-        """Run some layers; what they sow is put in ``found``, by run."""
-        ...
-
-    def mask(self, hidden: Hidden, attend, position_ids) -> jax.Array | None:
-        """Who sees whom."""
-        ...
+from memdlm_jax.models.block import Pass
+from memdlm_jax.models.config import Run, runs_of
+from memdlm_jax.parameters import merged
+from memdlm_jax.typing import Context, Phi, Theta, Tokens
 
 
 def inspect(
-    model: Layers,
+    model: Any,
     theta: Theta,
     tokens: Tokens,
-    attend: jax.Array | None,
-    position_ids: Tokens | None,
+    context: Context,
     phi: Phi,
     *,
     split: int,
@@ -47,7 +28,7 @@ def inspect(
     hidden = last = theta["embedding"][tokens].astype(model.config.dtype)
     for start, stop, fast in ((0, split, None), (split, model.config.num_layers, phi)):
         part: dict[str, Any] = {}
-        last = model.layers(theta, fast, last, attend, position_ids, start, stop, part)
+        last = model.layers(theta, fast, last, context, Pass(start, stop, found=part))
         for run, sown in part.items():  # The split may lie inside a run.
             pieces = [found[run], sown] if run in found else [sown]
             found[run] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
@@ -61,7 +42,7 @@ def inspect(
     if heads:
         for name in ("query", "key", "value"):
             joined[name] = jnp.concatenate([p["attention"][f"sown_{name}"][0] for p in parts])
-        joined["mask"] = model.mask(hidden, attend, position_ids)
+        joined["mask"] = model.mask(hidden, context)
     return joined
 
 

@@ -74,25 +74,10 @@ class _Matrix(nn.Module):
         delta: Any = None
         if self.has_variable("fast", "delta"):
             delta = self.get_variable("fast", "delta")
-        both = None if delta is None else _in_one(kernel, delta, x)
-        y = apply_matrix(kernel if both is None else both, x, _in_dtype_of_activations(product))
-        if delta is not None and both is None:
+        y = apply_matrix(kernel, x, _in_dtype_of_activations(product))
+        if delta is not None:
             y = y + delta(x, _in_wider_dtype(product)).astype(y.dtype)
         return y
-
-
-def _in_one(kernel: Any, delta: Any, x: jax.Array) -> jax.Array | None:
-    """Base and fast weight in one matrix, if the latter offers it and nothing is lost.
-
-    In narrow activations the sum would be rounded as the base is, and small changes with it.
-    """
-    if not hasattr(delta, "added_to") or callable(kernel):
-        return None
-    wide = jnp.result_type(x, *jax.tree.leaves(delta))
-    if x.dtype != wide:
-        return None
-    both: jax.Array | None = delta.added_to(kernel.astype(wide), x.size // x.shape[-1])
-    return both
 
 
 class Linear(_Matrix):

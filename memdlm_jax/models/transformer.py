@@ -11,10 +11,19 @@ import jax.numpy as jnp
 from memdlm_jax import partitioning
 from memdlm_jax.models import inspection
 from memdlm_jax.models.attention import pick, sees_block
-from memdlm_jax.models.block import Part, block_of, cached_layers, fast_weights_of, stack_of
+from memdlm_jax.models.block import (
+    Layer,
+    Part,
+    Pass,
+    block_of,
+    cached_layers,
+    fast_weights_of,
+    stack_of,
+)
 from memdlm_jax.models.config import TransformerConfig, matrices, runs_of
 from memdlm_jax.models.layers import RMSNorm
-from memdlm_jax.typing import Cache, Hidden, Key, Phi, Theta, Tokens, merged
+from memdlm_jax.parameters import merged
+from memdlm_jax.typing import EVERYTHING, Cache, Context, Hidden, Key, Phi, Theta, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,44 +84,45 @@ class Transformer:
         return theta
 
     def trunk(
-        self,
-        theta: Theta,
-        tokens: Tokens,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
-        *,
-        split: int,
+        self, theta: Theta, tokens: Tokens, context: Context = EVERYTHING, *, split: int
     ) -> Hidden:
         """Embed ``tokens`` and run layers ``0 .. split - 1``; [b, l] int32 -> [b, l, d]."""
-        return self._trunk(theta, tokens, attend, position_ids, split)
+        return self._trunk(theta, tokens, context, Pass(0, split))
 
     def trunk_with_cache(
         self,
         theta: Theta,
         tokens: Tokens,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
+        context: Context = EVERYTHING,
         cache: Cache | None = None,
         *,
         split: int,
     ) -> tuple[Hidden, Cache]:
-        """``trunk`` over part of a row; see ``typing.CachingDenoiser``."""
+        """``trunk`` over part of a row; see ``EfficientDenoiser``."""
         own: Cache = {}
-        hidden = self._trunk(theta, tokens, attend, position_ids, split, cache, own)
+        hidden = self._trunk(theta, tokens, context, Pass(0, split, cache=cache, own=own))
         return hidden, own
 
     def head(
+        self, theta: Theta, phi: Phi, hidden: Hidden, context: Context = EVERYTHING, *, split: int
+    ) -> Hidden:
+        """Run layers ``split .. num_layers - 1`` with fast weights ``phi`` (or ``None``)."""
+        return self._head(theta, phi, hidden, context, Pass(split, self.num_layers))
+
+    def head_with_cache(
         self,
         theta: Theta,
         phi: Phi,
         hidden: Hidden,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
+        context: Context = EVERYTHING,
+        cache: Cache | None = None,
         *,
         split: int,
-    ) -> Hidden:
-        """Run layers ``split .. num_layers - 1`` with fast weights ``phi`` (or ``None``)."""
-        return self._head(theta, phi, hidden, attend, position_ids, split)
+    ) -> tuple[Hidden, Cache]:
+        """``head`` over part of a row; see ``EfficientDenoiser``."""
+        own: Cache = {}
+        some = Pass(split, self.num_layers, cache=cache, own=own)
+        return self._head(theta, phi, hidden, context, some), own
 
     def head_at(
         self,
@@ -120,22 +130,34 @@ class Transformer:
         phi: Phi,
         hidden: Hidden,
         at: jax.Array,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
+        context: Context = EVERYTHING,
         *,
         split: int,
+        entered: bool = False,
     ) -> Hidden:
         """``head`` at positions ``at`` [b, c] alone, [b, c, d]: nothing else reads the last layer.
 
-        Of the last layer only keys and values are computed everywhere. The first one stands outside
-        of the scan, in whose body a gradient in phi alone would go on to what the layer reads.
+        Of the last layer only keys and values are computed everywhere. The first one is outside of
+        the scan: in a scan's body, a gradient in phi alone would go on to what the layer reads.
+
+        With ``entered``, ``hidden`` is what ``enter`` returned.
         """
         if split == self.num_layers:  # The trunk has put its results in their places.
             return pick(hidden, at)
-        return self._head_at(theta, phi, hidden, at, attend, position_ids, split, "whole")
+        part: Part = "feed_forward" if entered else "whole"
+        n, theta = self.num_layers, merged(theta)
+        if entered and split == n - 1:
+            return self._layer(theta, phi, hidden, Layer(split, split, part=part))
+        at = self._read_at(at)
+        placed = self._placed(hidden, context)
+        if split < n - 1:
+            hidden = self._layer(theta, phi, hidden, Layer(split, split, *placed, part=part))
+            between = fast_weights_of(self.config, phi, split, split + 1, n - 1)
+            hidden = self.layers(theta, between, hidden, context, Pass(split + 1, n - 1))
+        return self._layer(theta, phi, hidden, Layer(split, n - 1, *placed, at=at))
 
     def can_enter(self, paths: Collection[str]) -> bool:
-        """Whether none of these matrices stands in an attention block."""
+        """Whether none of these matrices belongs to an attention block."""
         return not any("attention" in path.split("/") for path in paths)
 
     def enter(
@@ -143,81 +165,38 @@ class Transformer:
         theta: Theta,
         hidden: Hidden,
         at: jax.Array,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
+        context: Context = EVERYTHING,
         *,
         split: int,
     ) -> Hidden:
         """Run the attention block of layer ``split``; of the last layer only ``at`` [b, c]."""
-        theta, positions = merged(theta), _positions(hidden, position_ids)
-        mask = self._mask(attend, positions, None)
         some = self._read_at(at) if split == self.num_layers - 1 else None
-        return self._layer(theta, None, hidden, mask, positions, split, split, some, "attention")
-
-    def head_entered(
-        self,
-        theta: Theta,
-        phi: Phi,
-        entered: Hidden,
-        at: jax.Array,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
-        *,
-        split: int,
-    ) -> Hidden:
-        """``head_at`` from what ``enter`` returns."""
-        if split < self.num_layers - 1:
-            return self._head_at(theta, phi, entered, at, attend, position_ids, split)
-        inputs = merged(theta), phi, entered, None, at
-        return self._layer(*inputs, split, split, part="feed_forward")
-
-    def _head_at(
-        self, theta, phi, hidden, at, attend, position_ids, split, part: Part = "feed_forward"
-    ) -> Hidden:
-        """``head_at``, of the first layer only ``part``."""
-        n, at = self.num_layers, self._read_at(at)
-        theta, positions = merged(theta), _positions(hidden, position_ids)
-        mask = self._mask(attend, positions, None)
-        if split < n - 1:
-            hidden = self._layer(theta, phi, hidden, mask, positions, split, split, None, part)
-            between = fast_weights_of(self.config, phi, split, split + 1, n - 1)
-            hidden = self.layers(theta, between, hidden, attend, position_ids, split + 1, n - 1)
-        return self._layer(theta, phi, hidden, mask, positions, split, n - 1, at)
+        placed = self._placed(hidden, context)
+        layer = Layer(split, split, *placed, part="attention", at=some)
+        return self._layer(merged(theta), None, hidden, layer)
 
     def _read_at(self, at: jax.Array) -> jax.Array:
         """Where the last layer holds what predicts the tokens at ``at``."""
         return jnp.maximum(at - 1, 0) if self.config.right_shift else at
 
-    def _layer(
-        self, theta, phi, hidden, mask, positions, split, number, at=None, part: Part = "whole"
-    ) -> Hidden:
+    def _placed(self, hidden: Hidden, context: Context) -> tuple[jax.Array | None, jax.Array]:
+        """(who sees whom, position ids) of a whole row."""
+        positions = _positions(hidden, context)
+        return self._mask(context, positions, None), positions
+
+    def _layer(self, theta: Theta, phi: Phi, hidden: Hidden, layer: Layer) -> Hidden:
         """One layer, or a half of it, outside of any scan."""
+        number = layer.number
         run = next(r for r in runs_of(self.config) if number < r.first + r.length)
         index = number - run.first
         variables = {"params": jax.tree.map(lambda leaf: leaf[index], theta[run.name])}
-        fast = fast_weights_of(self.config, phi, split, number, number + 1)
+        fast = fast_weights_of(self.config, phi, layer.split, number, number + 1)
         if fast is not None and len(runs_of(self.config)) > 1:
             fast = fast.get(run.name)
         if fast is not None:
             variables["fast"] = jax.tree.map(lambda leaf: leaf[0], fast)
-        block = block_of(self.config, number)(self.config, run.mixture, part=part)
-        return block.apply(variables, hidden, mask, positions, None, at)[0]
-
-    def head_with_cache(
-        self,
-        theta: Theta,
-        phi: Phi,
-        hidden: Hidden,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
-        cache: Cache | None = None,
-        *,
-        split: int,
-    ) -> tuple[Hidden, Cache]:
-        """``head`` over part of a row; see ``typing.CachingDenoiser``."""
-        own: Cache = {}
-        last = self._head(theta, phi, hidden, attend, position_ids, split, cache, own)
-        return last, own
+        block = block_of(self.config, number)(self.config, run.mixture, part=layer.part)
+        return block.apply(variables, hidden, layer.mask, layer.positions, None, layer.at)[0]
 
     @property
     def lookback(self) -> int:
@@ -263,8 +242,7 @@ class Transformer:
         self,
         theta: Theta,
         tokens: Tokens,
-        attend: jax.Array | None = None,
-        position_ids: Tokens | None = None,
+        context: Context = EVERYTHING,
         phi: Phi = None,
         *,
         split: int = 0,
@@ -272,7 +250,7 @@ class Transformer:
     ) -> dict[str, Any]:
         """What every layer computes on the way, for comparing implementations and for looking in.
 
-        Arguments are those of ``trunk`` and ``head``; fast weights sit in layers ``split`` and on.
+        Arguments are those of ``trunk`` and ``head``; fast weights are in layers ``split`` and on.
 
         Returns:
             ``hidden``: [n + 1, b, l, d], embeddings and every layer's output; ``attention`` and
@@ -283,45 +261,37 @@ class Transformer:
             whom: ``attention.attention_weights`` takes them.
         """
         plain = self.with_config(remat="none")
-        return inspection.inspect(
-            plain, theta, tokens, attend, position_ids, phi, split=split, heads=heads
-        )
+        return inspection.inspect(plain, theta, tokens, context, phi, split=split, heads=heads)
 
-    def _trunk(self, theta, tokens, attend, position_ids, split: int, cache=None, own=None):
+    def _trunk(self, theta: Theta, tokens: Tokens, context: Context, some: Pass) -> Hidden:
         theta = merged(theta)
         # Rows are divided along the axis that divides the table's width: one of them has to move.
         table = partitioning.constrain(theta["embedding"], "vocab", None)
         hidden = table[tokens].astype(self.config.dtype)
         hidden = partitioning.constrain(hidden, "rows", "length", None)
-        hidden = self.layers(theta, None, hidden, attend, position_ids, 0, split, None, cache, own)
+        hidden = self.layers(theta, None, hidden, context, some)
         # A model without a head layer ends here.
-        return self._finish(hidden) if split == self.num_layers else hidden
+        return self._finish(hidden) if some.stop == self.num_layers else hidden
 
-    def _head(self, theta, phi, hidden, attend, position_ids, split: int, cache=None, own=None):
-        n = self.num_layers
-        if split == n:
+    def _head(self, theta: Theta, phi: Phi, hidden, context: Context, some: Pass) -> Hidden:
+        if some.start == self.num_layers:
             return hidden
-        theta = merged(theta)
-        last = self.layers(theta, phi, hidden, attend, position_ids, split, n, None, cache, own)
-        return self._finish(last)
+        return self._finish(self.layers(merged(theta), phi, hidden, context, some))
 
     def layers(
-        self, theta, phi, hidden, attend, position_ids, start: int, stop: int,
-        found=None, cache=None, own=None,
-    ) -> Hidden:  # fmt: skip
-        """Run layers ``start .. stop - 1``, attending to the keys and values of ``cache`` too.
-
-        ``found`` collects what they sow and ``own`` the keys and values of ``hidden``, by run.
-        """
+        self, theta: Theta, phi: Phi, hidden: Hidden, context: Context, some: Pass
+    ) -> Hidden:
+        """Run some layers, with the fast weights of these layers or ``None``."""
+        start, stop, cache, own = some.start, some.stop, some.cache, some.own
         cut = self.config.remat_layers
-        if cut is not None and start < cut < stop and found is None and own is None:
+        if cut is not None and start < cut < stop and some.found is None and own is None:
             for part in ((start, cut), (cut, stop)):
-                some = fast_weights_of(self.config, phi, start, *part)
-                hidden = self.layers(theta, some, hidden, attend, position_ids, *part)
+                fast = fast_weights_of(self.config, phi, start, *part)
+                hidden = self.layers(theta, fast, hidden, context, Pass(*part))
             return hidden
         runs = runs_of(self.config)
-        positions = _positions(hidden, position_ids)
-        mask = self._mask(attend, positions, cache)
+        positions = _positions(hidden, context)
+        mask = self._mask(context, positions, cache)
         for run in runs:
             first, last = max(start - run.first, 0), min(stop - run.first, run.length)
             if first >= last:
@@ -329,17 +299,17 @@ class Transformer:
             fast = phi if phi is None or len(runs) == 1 else phi.get(run.name)
             inputs = hidden, mask, positions, None if cache is None else cache[run.name]
             if own is not None:
-                some = theta[run.name], fast, first, last
-                hidden, own[run.name] = cached_layers(self.config, run, *some, *inputs)
+                cached = theta[run.name], fast, first, last
+                hidden, own[run.name] = cached_layers(self.config, run, *cached, *inputs)
                 continue
             layers = jax.tree.map(lambda leaf, a=first, b=last: leaf[a:b], theta[run.name])
             variables = {"params": layers} if fast is None else {"params": layers, "fast": fast}
             # What the stack really holds: a shortened one runs as a shorter model.
             length = jax.tree.leaves(layers)[0].shape[0]
             stack = stack_of(self.config, run, length, run.first + first)
-            if found is not None:
+            if some.found is not None:
                 (hidden, _), sown = stack.apply(variables, *inputs, mutable=["intermediates"])
-                found[run.name] = sown["intermediates"]
+                some.found[run.name] = sown["intermediates"]
                 continue
             hidden, _ = stack.apply(variables, *inputs)
         if own is not None:
@@ -347,13 +317,15 @@ class Transformer:
             own["position_ids"] = jnp.broadcast_to(positions, rows)[None, ..., None]
         return hidden
 
-    def mask(self, hidden: Hidden, attend, position_ids) -> jax.Array | None:
+    def mask(self, hidden: Hidden, context: Context) -> jax.Array | None:
         """Who sees whom in a whole row, as ``attention.attend`` takes it."""
-        return self._mask(attend, _positions(hidden, position_ids), None)
+        return self._mask(context, _positions(hidden, context), None)
 
-    def _mask(self, attend, positions: jax.Array, cache: Cache | None) -> jax.Array | None:
+    def _mask(
+        self, context: Context, positions: jax.Array, cache: Cache | None
+    ) -> jax.Array | None:
         """Who sees whom, as ``attention.attend`` takes it."""
-        block = self.config.attention_block
+        block, attend = self.config.attention_block, context.attend
         if not block:
             return attend
         keys = positions
@@ -377,8 +349,8 @@ class Transformer:
         return jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
 
 
-def _positions(hidden: jax.Array, position_ids: jax.Array | None) -> jax.Array:
+def _positions(hidden: jax.Array, context: Context) -> jax.Array:
     """The given position ids, or 0 .. l-1 for every row."""
-    if position_ids is not None:
-        return position_ids
+    if context.position_ids is not None:
+        return context.position_ids
     return jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from memdlm_jax import partitioning
-from memdlm_jax.memory import generation
-from memdlm_jax.memory.generation import Generator
+from memdlm_jax.inference import generation
+from memdlm_jax.inference.generation import Generator, Prompts
 from memdlm_jax.training import flops, hlo, parallel, step
 from memdlm_jax.training.hlo import Costs
 from memdlm_jax.training.sharding import LARGEST_REPLICATED, Layout
@@ -155,7 +155,7 @@ def train_step(
         return step.train_step(state, batch, key, False, setup=setup, frozen=frozen)
 
     def plain(state, frozen, batch, key):
-        own = dataclasses.replace(setup, denoiser=_without_remat(setup.denoiser))
+        own = setup.with_denoiser(_without_remat(setup.denoiser))
         return step.train_step(state, batch, key, False, setup=own, frozen=frozen)
 
     start = time.monotonic()
@@ -187,7 +187,7 @@ def decode_step(
         raise ValueError(f"{rows} prompts must be a multiple of mesh.data * mesh.fsdp = {shards}")
 
     def begin(theta, keys, tokens, valid):
-        return generation.start(generator, theta, keys, tokens, valid)
+        return generation.start(generator, theta, Prompts(keys, tokens, valid))
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     tokens = jax.ShapeDtypeStruct((rows, prompt), jnp.int32)

@@ -185,15 +185,29 @@ def _checkpoints(config, setup, validation, identity) -> TrainingCheckpoints:
 
 
 def describe(setup: StepSetup) -> dict[str, Any]:
-    """Dotted name -> JSON value of the settings that a resumed run must have in common."""
+    """Dotted name -> JSON value of the settings that a resumed run must have in common.
+
+    The inner loop is among them: its loss, optimiser, masking strategy and meta-gradient by name.
+    """
     parts = {
         "model": setup.denoiser,
-        "memory": setup.memory,
+        "memory": None if setup.inner_loop is None else setup.inner_loop.config,
         "optimizer": setup.optimizer,
         "schedule": setup.schedule,
+        "schedule.kind": type(setup.schedule).__name__,
+        "corruption": setup.corruption,
+        "corruption.kind": _name(setup.corruption),
         "loss": setup.loss,
     }
     return {name: value for prefix, part in parts.items() for name, value in _flat(prefix, part)}
+
+
+def _name(part: Any) -> str | None:
+    """Module and name of a function, or of an object's class."""
+    if part is None:
+        return None
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

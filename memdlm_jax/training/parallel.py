@@ -263,7 +263,7 @@ class CompiledSteps:
 
         Counted on the traced step (see ``flops``) of one device that holds the whole batch, the
         memory-off loss and what remat computes again left out: model FLOPs. The share is
-        1 - plain / with memory, where plain is the same step with ``memory = None``. Traced once
+        1 - plain / with memory, where plain is the same step without an inner loop. Traced once
         per batch shape; ``batch`` may hold ``jax.ShapeDtypeStruct``.
         """
         shape = batch.tokens.shape
@@ -272,9 +272,10 @@ class CompiledSteps:
             setup = dataclasses.replace(self._setup_for(shape[1]), axis_name=None)
             if isinstance(setup.denoiser, Configurable):
                 denoiser = setup.denoiser.with_config(remat="none", vocab_chunk=0)
-                setup = dataclasses.replace(setup, denoiser=denoiser)
-            plain = _count(dataclasses.replace(setup, memory=None), state, self._frozen, batch)
-            full = plain if setup.memory is None else _count(setup, state, self._frozen, batch)
+                setup = setup.with_denoiser(denoiser)
+            without = dataclasses.replace(setup, inner_loop=None)
+            plain = _count(without, state, self._frozen, batch)
+            full = plain if setup.inner_loop is None else _count(setup, state, self._frozen, batch)
             self._flops[shape] = full, 1 - plain / full if full else 0.0
             self.compile_seconds += time.monotonic() - start
         return self._flops[shape]

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -21,29 +21,32 @@ from memdlm_jax.data.pretraining import (
 )
 from memdlm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from memdlm_jax.diffusion import masking
-from memdlm_jax.diffusion.schedule import LinearSchedule, loss_weight
+from memdlm_jax.diffusion.schedule import Schedule
 from memdlm_jax.typing import Batch, Key
 
 logger = logging.getLogger(__name__)
 
 
-def corrupt(schedule: LinearSchedule) -> Callable[[Key, Batch], tuple[jax.Array, jax.Array]]:
+@dataclasses.dataclass(frozen=True)
+class AnswersWhole:
     """The pretraining corruption: needle answers are masked whole, text by the schedule.
 
     A needle row is known by its few maskable tokens (at most ``ANSWER_SLOTS``). With the answer
     masked whole and the context clean, every target asks for retrieval.
 
-    Returns:
-        (key, batch) -> (mask [b, l] bool, loss weight [b]).
+    Attributes:
+        schedule: of the text.
     """
 
-    def draw(key: Key, batch: Batch):
-        time_key, mask_key = jax.random.split(key)
-        t = schedule.sample_times(time_key, batch.tokens.shape[0])
-        t = jnp.where(batch.maskable.sum(-1) <= ANSWER_SLOTS, 1.0, t)
-        return masking.bernoulli_mask(mask_key, batch.maskable, t), loss_weight(t)
+    schedule: Schedule
 
-    return draw
+    def __call__(self, key: Key, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Draw (mask [b, l] bool, loss weight [b])."""
+        time_key, mask_key = jax.random.split(key)
+        t = self.schedule.sample_times(time_key, batch.tokens.shape[0])
+        t = jnp.where(batch.maskable.sum(-1) <= ANSWER_SLOTS, 1.0, t)
+        ratio = self.schedule.mask_ratio(t)
+        return masking.bernoulli_mask(mask_key, batch.maskable, ratio), self.schedule.weight(t)
 
 
 def tokenizer_at(path: str | Path, vocab_size: int) -> Tokenizer:

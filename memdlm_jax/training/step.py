@@ -11,16 +11,17 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from memdlm_jax import partitioning
-from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
-from memdlm_jax.diffusion.schedule import LinearSchedule
-from memdlm_jax.memory import fast_weights, learned, meta_gradient
-from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.losses import InnerLoss
-from memdlm_jax.memory.meta_gradient import Corrupt, OuterLoss
+from memdlm_jax.diffusion import objective
+from memdlm_jax.diffusion.objective import PAPER_LOSS, Anchor, Corruption, LossConfig
+from memdlm_jax.diffusion.schedule import LinearSchedule, Schedule
+from memdlm_jax.memory import fast_weights, meta_gradient
+from memdlm_jax.memory.inner_loop import InnerLoop, split_learned
+from memdlm_jax.memory.meta_gradient import OuterLoss
+from memdlm_jax.parameters import Partitioned
 from memdlm_jax.training import optimizer as optimizers
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.state import TrainState
-from memdlm_jax.typing import Batch, Denoiser, Key, Partitioned, Theta
+from memdlm_jax.typing import Batch, Denoiser, Key, Theta
 
 Metrics = dict[str, jax.Array]
 """Name -> scalar, already averaged over the whole batch."""
@@ -33,37 +34,44 @@ class StepSetup:
     Attributes:
         denoiser: the backbone.
         optimizer: settings of the outer optimiser.
-        memory: settings of the Parametric Memory; ``None`` trains a plain MDLM.
+        inner_loop: writes the Parametric Memory, on the same denoiser; ``None`` trains a plain
+            MDLM.
         schedule: masking schedule of the outer loss.
         capacity: target slots of a row, see ``objective.gather_targets``; ``None`` is all.
         axis_name: device axis under ``pmap``; ``None`` on one device.
-        corrupt: draws the anchor's mask and loss weight in the schedule's place, if given.
+        corruption: forward process that replaces the schedule, if given.
         loss: weights and normalisation of the outer loss.
-        inner_loss: see ``meta_gradient.outer_loss``.
-        inner_optimizer: see ``meta_gradient.outer_loss``.
         dropout: (theta, key) -> theta that drops inputs of its adapters, for training; or ``None``.
     """
 
     denoiser: Denoiser
     optimizer: OptimizerConfig
-    memory: MemoryConfig | None = None
-    schedule: LinearSchedule = dataclasses.field(default_factory=LinearSchedule)
+    inner_loop: InnerLoop | None = None
+    schedule: Schedule = dataclasses.field(default_factory=LinearSchedule)
     capacity: int | None = None
     axis_name: str | None = None
-    corrupt: Corrupt | None = None
+    corruption: Corruption | None = None
     loss: LossConfig = PAPER_LOSS
-    inner_loss: InnerLoss | None = None
-    inner_optimizer: optax.GradientTransformation | None = None
     dropout: Callable[[Theta, Key], Theta] | None = None
 
     def __post_init__(self):
-        shared = self.memory is not None and self.memory.scope == "global"
-        if shared and self.optimizer.accumulation > 1:
+        if self.inner_loop is None:
+            return
+        if self.inner_loop.denoiser != self.denoiser:
+            raise ValueError("inner_loop.denoiser must be the denoiser that is trained")
+        if self.inner_loop.config.scope == "global" and self.optimizer.accumulation > 1:
             raise ValueError(
                 f"optimizer.accumulation={self.optimizer.accumulation} must be 1 with "
                 "memory.scope='global': one memory cannot span micro-batches; "
                 "use memory.scope='example'"
             )
+
+    def with_denoiser(self, denoiser: Denoiser) -> "StepSetup":
+        """The same step of another denoiser."""
+        inner_loop = self.inner_loop
+        if inner_loop is not None:
+            inner_loop = dataclasses.replace(inner_loop, denoiser=denoiser)
+        return dataclasses.replace(self, denoiser=denoiser, inner_loop=inner_loop)
 
 
 @flax.struct.dataclass
@@ -214,48 +222,57 @@ def _one_gradient(setup: StepSetup, theta: Theta, frozen: Theta, batch: Batch, k
     return wide, sums
 
 
+def step_keys(key: Key, axis_name: str | None = None) -> tuple[Key, Key, Key, Key]:
+    """Keys of phi_0 and, different on every device, of the anchor, inner masks and dropout."""
+    phi_key, *others = jax.random.split(key, 4)
+    if axis_name is not None:
+        device = jax.lax.axis_index(axis_name)
+        others = [jax.random.fold_in(k, device) for k in others]
+    return phi_key, *others
+
+
 def _outer_loss(
     setup: StepSetup, parameters: Any, frozen: Theta, batch: Batch, key: Key, report,
     training: bool = True,
 ):  # fmt: skip
     """Draw one corruption and take the loss on it: (sum, ``Sums``)."""
-    theta, inner = learned.split(parameters)
+    theta, learned = split_learned(parameters)
     if frozen is not None:
         theta = Partitioned(theta, frozen)
-    memory = setup.memory
-    if memory is None:
-        # The anchor is drawn as with memory, so that runs with one seed see the same masks.
-        _, anchor_key, *_ = meta_gradient.step_keys(key, setup.axis_name)
-        *_, anchor = meta_gradient.draw_anchor(
-            anchor_key, setup.denoiser, batch, setup.schedule, setup.capacity, setup.corrupt,
-            setup.loss,
-        )  # fmt: skip
-        loss, outer = meta_gradient.plain_loss(setup.denoiser, theta, batch, anchor)
-        return loss, _sums(setup, outer, batch)
-    phi, anchor, states = meta_gradient.draw(
-        key, setup.denoiser, memory, batch, setup.schedule,
-        capacity=setup.capacity, axis_name=setup.axis_name, corrupt=setup.corrupt, loss=setup.loss,
-        micro_batches=setup.optimizer.accumulation, training=training,
+    denoiser, loop, axis_name = setup.denoiser, setup.inner_loop, setup.axis_name
+    batch = setup.loss.supervised(batch)
+    # The anchor is drawn alike with and without memory: runs with one seed see the same masks.
+    phi_key, anchor_key, mask_key, dropout_key = step_keys(key, axis_name)
+    anchor = objective.draw_anchor(
+        anchor_key, batch, denoiser.mask_token_id, setup.corruption or setup.schedule,
+        setup.loss, setup.capacity,
     )  # fmt: skip
+    if loop is None:
+        loss = objective.mdlm_loss(denoiser, theta, anchor)
+        return loss, _sums(setup, anchor, batch, loss, jax.lax.stop_gradient(loss))
+
+    keys = phi_key, mask_key, dropout_key if training else None
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    parts = devices * setup.optimizer.accumulation
+    phi, trajectory = loop.draw(keys, batch, anchor, setup.schedule, learned, parts, axis_name)
     loss, outer = meta_gradient.outer_loss(
-        setup.denoiser, memory, theta, phi, batch, anchor, states,
-        with_memory_off=report, axis_name=setup.axis_name, inner=inner,
-        inner_loss=setup.inner_loss, inner_optimizer=setup.inner_optimizer, is_fresh=True,
+        loop, theta, learned, phi, trajectory, anchor,
+        with_memory_off=report, axis_name=axis_name,
     )  # fmt: skip
-    return loss, _sums(setup, outer, batch)
+    inner = _inner_sums(setup, outer)
+    return loss, _sums(setup, anchor, batch, outer.memory_on, outer.memory_off, inner)
 
 
-def _sums(setup: StepSetup, outer: OuterLoss, batch: Batch) -> Sums:
-    memory_off = jnp.asarray(outer.memory_off)
-    normaliser = setup.loss.normaliser(outer.maskable, outer.rows)
-    counts = normaliser, outer.maskable, jnp.sum(batch.valid)
-    return Sums(outer.memory_on, memory_off, *counts, _inner_sums(setup, outer))
+def _sums(
+    setup: StepSetup, anchor: Anchor, batch: Batch, memory_on, memory_off, inner=None
+) -> Sums:
+    maskable, rows = anchor.maskable.sum(), jnp.sum(anchor.maskable > 0)
+    normaliser = setup.loss.normaliser(maskable, rows)
+    return Sums(memory_on, memory_off, normaliser, maskable, jnp.sum(batch.valid), inner)
 
 
-def _inner_sums(setup: StepSetup, outer: OuterLoss) -> InnerSums | None:
+def _inner_sums(setup: StepSetup, outer: OuterLoss) -> InnerSums:
     record = outer.inner
-    if record is None or outer.phi_norm is None or outer.phi_change is None:
-        return None
     fine = ~record.skipped
     groups = jnp.asarray(fine.shape[-1])
 
@@ -267,7 +284,9 @@ def _inner_sums(setup: StepSetup, outer: OuterLoss) -> InnerSums | None:
         over_taken(record.loss), over_taken(record.loss_after), over_taken(record.gradient_norm),
         outer.phi_norm * groups, outer.phi_change * groups,
     )  # fmt: skip
-    if setup.axis_name is None or setup.memory is None or setup.memory.scope != "global":
+    if setup.axis_name is None or setup.inner_loop is None:
+        return sums
+    if setup.inner_loop.config.scope != "global":
         return sums
     # Every device has the same memory: it counts once.
     first = jax.lax.axis_index(setup.axis_name) == 0

@@ -18,7 +18,7 @@ from memdlm_jax.checkpoints import hugging_face, peft, weights
 from memdlm_jax.models import lora
 from memdlm_jax.models.lora import Adapted, LoraConfig
 from memdlm_jax.models.quantize import quantized_tree
-from memdlm_jax.typing import partition
+from memdlm_jax.parameters import partition
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "backbones"
 BASES = {

@@ -15,7 +15,8 @@ from memdlm_jax.memory.prompt_memory import write_prompt
 from memdlm_jax.models import lora
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.quantize import quantized_tree
-from memdlm_jax.typing import Batch, Partitioned, partition
+from memdlm_jax.parameters import Partitioned, partition
+from memdlm_jax.typing import Batch
 from tests.models.small import FAMILIES, TOKENS, small, theta_of
 
 BATCH = Batch(

@@ -11,7 +11,7 @@ import pytest
 from memdlm_jax.models import lora
 from memdlm_jax.models.lora import Adapted, LoraConfig
 from memdlm_jax.models.quantize import quantize, quantized_tree
-from memdlm_jax.typing import merged, partition
+from memdlm_jax.parameters import merged, partition
 from tests.models.small import FAMILIES, logits, small, theta_of
 
 CONFIG = LoraConfig(rank=2, alpha=3.0, dropout=0.0)

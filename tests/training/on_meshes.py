@@ -34,7 +34,7 @@ from memdlm_jax.training import hlo, optimizer, state
 from memdlm_jax.training.parallel import CompiledSteps
 from memdlm_jax.training.sharding import Layout, MeshConfig
 from memdlm_jax.training.step import StepSetup
-from memdlm_jax.typing import partition
+from memdlm_jax.parameters import partition
 from tests.training import tiny
 
 SIZES = dict(

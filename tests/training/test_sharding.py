@@ -20,7 +20,7 @@ from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.quantize import quantized_tree
 from memdlm_jax.training import state
 from memdlm_jax.training.sharding import Layout, MeshConfig
-from memdlm_jax.typing import partition
+from memdlm_jax.parameters import partition
 from tests.models.small import FAMILIES
 from tests.training import tiny
 

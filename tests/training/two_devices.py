@@ -12,7 +12,7 @@ from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.quantize import quantized_tree
 from memdlm_jax.training import state, step
 from memdlm_jax.training.parallel import CompiledSteps
-from memdlm_jax.typing import partition
+from memdlm_jax.parameters import partition
 from tests.training import tiny
 
 MEMORIES = {

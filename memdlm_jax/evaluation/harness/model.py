@@ -32,8 +32,8 @@ from memdlm_jax.evaluation.harness.requests import (
 )
 from memdlm_jax.evaluation.likelihood import LikelihoodConfig, up_to
 from memdlm_jax.evaluation.systems import System
-from memdlm_jax.memory import divided
-from memdlm_jax.memory.generation import Generator
+from memdlm_jax.inference import data_parallel
+from memdlm_jax.inference.generation import Generator, Prompts
 from memdlm_jax.typing import Key
 
 try:
@@ -89,7 +89,7 @@ class HarnessModel(LM):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         self.system, self.vocabulary = system, tokenizer
-        self._placed = divided.replicate((system.theta, system.inner))
+        self._placed = data_parallel.replicate((system.theta, system.learned))
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
         # Steps are checked with the length of each task.
         sampler({**decode, "steps": 0}, MAX_GEN_TOKS)
@@ -322,15 +322,14 @@ class HarnessModel(LM):
         """Answers of one batch, filled up with its last request."""
         rows = [*asked, *[asked[-1]] * (size - len(asked))]
         pad = self.vocabulary.pad_id
-        context = None
+        whole = None
         if written:
-            context = canvas.pad_left([row.prompt for row in rows], written, pad)
-        prompts = canvas.pad_left([row.prompt[-shown:] for row in rows], shown, pad)
-        generator = Generator(self.system.denoiser, self.system.memory, config)
-        theta, inner = self._placed
-        decoded = jax.device_get(
-            divided.generate(generator, theta, self._keys(rows), *prompts, inner, context=context)
-        )
+            whole = canvas.pad_left([row.prompt for row in rows], written, pad)
+        ends = canvas.pad_left([row.prompt[-shown:] for row in rows], shown, pad)
+        generator = Generator(self.system.denoiser, self.system.inner_loop, config)
+        theta, learned = self._placed
+        prompts = Prompts(self._keys(rows), *ends, written=whole)
+        decoded = jax.device_get(data_parallel.generate(generator, theta, prompts, learned))
         if not np.isfinite(decoded.confidence).all():
             raise FloatingPointError(
                 f"{self.system.name}: logits are not finite: the weights are damaged"

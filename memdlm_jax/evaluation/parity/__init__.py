@@ -9,11 +9,11 @@ from them. ``tests/golden/README.md`` lists the arrays. What a case is follows f
 from memdlm_jax.evaluation.parity.cases import BadCase, Case, load_folder
 from memdlm_jax.evaluation.parity.compare import Quantity, replay, worst
 from memdlm_jax.evaluation.parity.inputs import (
+    anchor_of,
     clean_batch,
     denoiser_of,
     fast_weights_of,
     memory_config,
-    outer_state,
     theta_of,
     whole_trajectory,
 )
@@ -22,12 +22,12 @@ __all__ = [
     "BadCase",
     "Case",
     "Quantity",
+    "anchor_of",
     "clean_batch",
     "denoiser_of",
     "fast_weights_of",
     "load_folder",
     "memory_config",
-    "outer_state",
     "replay",
     "theta_of",
     "whole_trajectory",

@@ -14,11 +14,11 @@ from memdlm_jax.diffusion.canvas import lay_out
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation.parity.cases import META_TOLERANCE, TOLERANCE, BadCase, Case
 from memdlm_jax.evaluation.parity.inputs import (
+    anchor_of,
     clean_batch,
     denoiser_of,
     fast_weights_of,
     memory_config,
-    outer_state,
     program_config,
     published_names,
     theta_of,
@@ -149,16 +149,15 @@ def _worst_of_phi(case: Case, prefix: str, ours: list[Phi]) -> float:
 def _replay_outer(case: Case, phi: Phi) -> dict[str, float]:
     """Outer loss, first-order gradients and logits."""
     denoiser, config, theta = denoiser_of(case), memory_config(case), theta_of(case)
-    arrays, anchor = case.arrays, outer_state(case)
+    arrays, anchor = case.arrays, anchor_of(case)
     split = denoiser.num_layers if phi is None else fast_weights.split_of(denoiser, config)
     given = given_memory(denoiser, split)
     loss, (gradient, of_phi), logits = given(theta, phi, anchor)
     if phi is not None and early_layers(case) is None:
         # The path that training takes: adapt and differentiate in one go.
         start = fast_weights_of(case, "fast/0")
-        states, batch = whole_trajectory(case), clean_batch(case)
         loss, gradient = outer_gradient(denoiser, program_config(config))(
-            theta, start, batch, anchor, states
+            theta, start, anchor, whole_trajectory(case)
         )
     result = {"outer loss": worst([(loss, arrays["outer_loss"])])}
     result["outer gradient"] = _gradient_error(case, gradient)
@@ -184,9 +183,9 @@ def _gradient_error(case: Case, gradient: Theta) -> float:
 def _replay_exact(case: Case, phi: Phi) -> dict[str, float]:
     """Exact meta-gradient through all inner updates."""
     config, denoiser, arrays = memory_config(case, "exact"), denoiser_of(case), case.arrays
-    theta, anchor = theta_of(case), outer_state(case)
+    theta, anchor = theta_of(case), anchor_of(case)
     loss, gradient = outer_gradient(denoiser, program_config(config))(
-        theta, fast_weights_of(case, "fast/0"), clean_batch(case), anchor, whole_trajectory(case)
+        theta, fast_weights_of(case, "fast/0"), anchor, whole_trajectory(case)
     )
     *_, logits = given_memory(denoiser, fast_weights.split_of(denoiser, config))(theta, phi, anchor)
     named = published_names(gradient)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdlm_jax.diffusion.objective import gather_targets
+from memdlm_jax.diffusion.objective import Anchor, NoisyState, gather_targets
 from memdlm_jax.evaluation.parity.cases import KNOWN_SETTINGS, Arrays, BadCase, Case
 from memdlm_jax.memory import fast_weights, trajectory
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.trajectory import State, Trajectory
+from memdlm_jax.memory.trajectory import Trajectory
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
-from memdlm_jax.typing import Batch, Phi, Theta
+from memdlm_jax.typing import Batch, Context, Phi, Theta
 
 _LAYER_NAMES = {
     "input_layernorm": ("attention_norm", "scale"),
@@ -126,7 +126,7 @@ def memory_config(
             supervise=theirs["mem_inner_loss_mask_mode"],
             weighting=theirs["loss_weight_type"],
             normalisation=theirs["loss_norm_type"],
-            padding=theirs["mem_pad_unmask_mode"],
+            padding="none" if theirs["mem_pad_unmask_mode"] == "none" else "inner",
             learning_rate=theirs["mem_inner_lr"],
             clip="local" if clip > 0 else "none",
             clip_norm=clip if clip > 0 else 1.0,
@@ -204,13 +204,14 @@ def updates_of(case: Case) -> list[Trajectory]:
             tokens, case.arrays["step_loss_mask"][k], case.arrays["step_weight"][k],
             normalisation=config.normalisation,
         )  # fmt: skip
-        state = State(jnp.asarray(x), targets, weight)
+        state = NoisyState(jnp.asarray(x), targets, weight)
         after = None
         if config.distils:
             if teachers is None or (teachers[k] < 0).any():
                 raise BadCase(f"{case.name}: step_teacher_input[{k}] has no teacher's tokens")
             after = jnp.asarray(teachers[k])
-        found.append(Trajectory((state,), ends_at_anchor=False, after=after))
+        everything = Context(jnp.ones_like(tokens, bool))
+        found.append(Trajectory((state,), everything, ends_at_anchor=False, after=after))
     return found
 
 
@@ -220,8 +221,8 @@ def _weighted_targets(tokens, mask, weight, normalisation):
     return weight, gather_targets(tokens, mask)
 
 
-def outer_state(case: Case) -> State:
-    """The anchor; its weights carry the outer loss's normaliser."""
+def anchor_of(case: Case) -> Anchor:
+    """The anchor; the weights of its state carry the outer loss's normaliser."""
     batch, arrays = clean_batch(case), case.arrays
     weights = arrays["outer_weight"].astype(case.dtype)
     counts, rows = np.asarray(batch.maskable).sum(-1), batch.tokens.shape[0]
@@ -231,8 +232,11 @@ def outer_state(case: Case) -> State:
         "batch": rows,
     }
     weight = jnp.asarray(weights / divisors[case.memory["loss_norm_type"]])
-    targets = jax.jit(gather_targets)(batch.tokens, arrays["anchor_mask"])
-    return State(jnp.asarray(arrays["x_t"]), targets, weight)
+    mask = jnp.asarray(arrays["anchor_mask"])
+    targets = jax.jit(gather_targets)(batch.tokens, mask)
+    state = NoisyState(jnp.asarray(arrays["x_t"]), targets, weight)
+    context = Context(batch.valid)
+    return Anchor(state, context, jnp.asarray(counts), mask, jnp.asarray(arrays["outer_weight"]))
 
 
 def whole_trajectory(case: Case) -> Trajectory:
@@ -253,4 +257,5 @@ def whole_trajectory(case: Case) -> Trajectory:
             if place == count and (tokens != read[-1]).any():
                 raise BadCase(f"{case.name}: step_teacher_input[{k}] is neither the next nor last")
     states = tuple(update.states[0] for update in updates)
-    return Trajectory(states, ends_at_anchor=at_anchor, after=after, teachers=teachers)
+    context = updates[0].context
+    return Trajectory(states, context, ends_at_anchor=at_anchor, after=after, teachers=teachers)

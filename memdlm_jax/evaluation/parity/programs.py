@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from memdlm_jax.diffusion import objective
 from memdlm_jax.evaluation.parity.cases import Case
 from memdlm_jax.evaluation.parity.inputs import denoiser_of
-from memdlm_jax.memory import fast_weights, inner_loop, losses, meta_gradient, walk
+from memdlm_jax.memory import fast_weights, meta_gradient
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models.llada import LLaDA
-from memdlm_jax.typing import Hidden, Mask, Phi, Theta, Tokens
+from memdlm_jax.typing import EVERYTHING, Context, Hidden, Phi, Theta, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +40,20 @@ class EarlyLayers:
         return self.whole.mask_token_id
 
     def trunk(
-        self, theta: Theta, tokens: Tokens, valid: Mask | None = None, position_ids=None, *,
-        split: int,
-    ) -> Hidden:  # fmt: skip
+        self, theta: Theta, tokens: Tokens, context: Context = EVERYTHING, *, split: int
+    ) -> Hidden:
         """Embed the tokens and run the layers below ``split`` that are left."""
-        end = min(split, self.layers)
-        return self.whole.trunk(theta, tokens, valid, position_ids, split=end)
+        return self.whole.trunk(theta, tokens, context, split=min(split, self.layers))
 
     def head(
-        self, theta: Theta, phi: Phi, hidden: Hidden, valid: Mask | None = None,
-        position_ids=None, *, split: int,
-    ) -> Hidden:  # fmt: skip
+        self, theta: Theta, phi: Phi, hidden: Hidden, context: Context = EVERYTHING, *, split: int
+    ) -> Hidden:
         """Run the layers from ``split`` on that are left, and the final norm."""
         if self.layers <= split:
             return self.whole.normalise(theta, hidden)
         left = theta | {"layers": jax.tree.map(lambda leaf: leaf[: self.layers], theta["layers"])}
         phi = jax.tree.map(lambda leaf: leaf[: self.layers - split], phi)
-        last = self.whole.head(left, phi, hidden, valid, position_ids, split=split)
+        last = self.whole.head(left, phi, hidden, context, split=split)
         return self.whole.normalise(theta, last)
 
     def normalise(self, theta: Theta, last_hidden: Hidden) -> Hidden:
@@ -82,37 +81,46 @@ def early_layers(case: Case) -> EarlyLayers | None:
 @functools.cache
 def single_update(denoiser, config: MemoryConfig, early: EarlyLayers | None):
     """(theta, phi, trajectory of one state) -> (phi, record, raw gradient), compiled once."""
-    model = denoiser if early is None else early
-    loss = losses.build(model, config)
+    inner_loop = InnerLoop(denoiser if early is None else early, config)
 
     @jax.jit
     def update(theta, phi, one):
-        valid = jnp.ones_like(one.states[0].tokens, bool)
-        reader = walk.Reader(model, config, theta, valid, None, 1)
-        steps = walk.head_states(reader, one)
-        rule, raw = inner_loop.constant_gradient(loss), []
-
-        def recording(*given):
-            value, gradient = rule(*given)
-            raw.append(gradient)
-            return value, gradient
-
-        optimizer = inner_loop.inner_optimizer(config)
-        phi, record = inner_loop.adapt(recording, theta, phi, steps, optimizer)
-        return phi, record, raw[0]
+        rule = _Recording()
+        phi, record = inner_loop.adapt(theta, None, phi, one, rule)
+        return phi, record, rule.found[0]
 
     return update
 
 
+class _Recording(meta_gradient.FirstOrder):
+    """Keeps every inner gradient in ``found``."""
+
+    def __init__(self):
+        super().__init__()
+        object.__setattr__(self, "found", [])
+
+    def gradient(self, loss):
+        """The inner gradient, kept."""
+        rule = super().gradient(loss)
+
+        def recorded(*given):
+            value, gradient = rule(*given)
+            self.found.append(gradient)
+            return value, gradient
+
+        return recorded
+
+
 @functools.cache
 def outer_gradient(denoiser: LLaDA, config: MemoryConfig):
-    """(theta, phi_0, batch, anchor, trajectory) -> (loss, gradient in theta)."""
+    """(theta, phi_0, anchor, trajectory) -> (loss, gradient in theta)."""
+    inner_loop = InnerLoop(denoiser, config)
 
     @jax.jit
-    def outer(theta, phi, batch, anchor, states):
+    def outer(theta, phi, anchor, states):
         def loss(theta):
             return meta_gradient.outer_loss(
-                denoiser, config, theta, phi, batch, anchor, states, with_memory_off=False
+                inner_loop, theta, None, phi, states, anchor, with_memory_off=False
             )[0]
 
         return jax.value_and_grad(loss)(theta)
@@ -127,13 +135,15 @@ def given_memory(denoiser: LLaDA, split: int):
     @jax.jit
     def given(theta, phi, anchor):
         def loss(theta, phi):
-            hidden = denoiser.trunk(theta, anchor.tokens, None, split=split)
-            return meta_gradient.anchor_loss(
-                denoiser, theta, phi, hidden, None, anchor, split=split
+            state = anchor.state
+            hidden = denoiser.trunk(theta, state.tokens, split=split)
+            last = fast_weights.head_with_memory(
+                denoiser, theta, phi, hidden, EVERYTHING, split=split, at=state.targets.positions
             )
+            return objective.state_loss(denoiser, theta, last, state)
 
         value, gradients = jax.value_and_grad(loss, (0, 1))(theta, phi)
-        return value, gradients, logits_of(denoiser, split, theta, phi, anchor.tokens)
+        return value, gradients, logits_of(denoiser, split, theta, phi, anchor.state.tokens)
 
     return given
 
@@ -141,5 +151,5 @@ def given_memory(denoiser: LLaDA, split: int):
 def logits_of(denoiser: LLaDA, split: int, theta: Theta, phi: Phi, tokens: Tokens) -> jax.Array:
     """Logits at all positions [b, l, v] with phi as it is, or without memory."""
     hidden = denoiser.trunk(theta, tokens, split=split)
-    last = fast_weights.head_with_memory(denoiser, theta, phi, hidden, split=split)
+    last = fast_weights.head_with_memory(denoiser, theta, phi, hidden, EVERYTHING, split=split)
     return denoiser.readout(theta, last)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from memdlm_jax.diffusion.canvas import Canvas
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.memory import fast_weights
-from memdlm_jax.typing import Cache, CachingDenoiser, Denoiser, Phi, Theta, Tokens
+from memdlm_jax.typing import Cache, Context, Denoiser, EfficientDenoiser, Phi, Theta, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MemoryReader:
     keep_hidden: bool = False
 
     def __post_init__(self):
-        if self.config.cache != "none" and not isinstance(self.denoiser, CachingDenoiser):
+        if self.config.cache != "none" and not isinstance(self.denoiser, EfficientDenoiser):
             kind = type(self.denoiser).__name__
             raise ValueError(
                 f"decode.cache={self.config.cache!r} must be 'none': {kind} keeps no keys and "
@@ -50,7 +50,7 @@ class MemoryReader:
 
     @property
     def lookback(self) -> int:
-        """Columns that must stand before those that logits are wanted at."""
+        """How many preceding columns the denoiser needs to compute logits at a column."""
         return getattr(self.denoiser, "lookback", 0)
 
     def __call__(
@@ -66,21 +66,20 @@ class MemoryReader:
         width, found = tokens.shape[1], None
         positions = _columns(self.canvas.position_ids, first, width)
         tokens = self._hide_prompt(tokens, first) if self.unprompted else tokens
-        seen = self._attend(first, width, cached=cache is not None)
+        context = Context(self._attend(first, width, cached=cache is not None), positions)
         if cache is None and not keep:
-            hidden = self.denoiser.trunk(self.theta, tokens, seen, positions, split=self.split)
+            hidden = self.denoiser.trunk(self.theta, tokens, context, split=self.split)
             at = jnp.broadcast_to(wanted, (len(tokens), wanted.shape[0]))
             last = fast_weights.head_with_memory(
-                self.denoiser, self.theta, self.phi, hidden, seen, positions,
-                split=self.split, at=at,
-            )  # fmt: skip
+                self.denoiser, self.theta, self.phi, hidden, context, split=self.split, at=at
+            )
         else:
-            caching = cast(CachingDenoiser, self.denoiser)
+            caching = cast(EfficientDenoiser, self.denoiser)
             trunk, head = (None, None) if cache is None else (cache["trunk"], cache["head"])
             hidden, below = caching.trunk_with_cache(
-                self.theta, tokens, seen, positions, trunk, split=self.split
+                self.theta, tokens, context, trunk, split=self.split
             )
-            everywhere, above = self._head(hidden, seen, positions, head)
+            everywhere, above = self._head(hidden, context, head)
             last = everywhere[:, wanted]
             found = {"trunk": below, "head": above}
             if self.keep_hidden:
@@ -96,13 +95,13 @@ class MemoryReader:
         """
         hidden = cache["hidden"][0]
         seen = self._attend(0, hidden.shape[1], cached=False)
-        _, above = self._head(hidden, seen, self.canvas.position_ids, None)
+        _, above = self._head(hidden, Context(seen, self.canvas.position_ids), None)
         return cache | {"head": above}
 
-    def _head(self, hidden, seen, positions, cache) -> tuple[Any, Cache]:
+    def _head(self, hidden, context: Context, cache) -> tuple[Any, Cache]:
         return fast_weights.cached_head_with_memory(
-            cast(CachingDenoiser, self.denoiser), self.theta, self.phi, hidden, seen, positions,
-            cache, split=self.split,
+            cast(EfficientDenoiser, self.denoiser), self.theta, self.phi, hidden, context, cache,
+            split=self.split,
         )  # fmt: skip
 
     def _attend(self, first, width: int, *, cached: bool) -> jax.Array:

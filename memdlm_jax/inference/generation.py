@@ -7,52 +7,70 @@ pieces, for those who look on or put something in between.
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from memdlm_jax.diffusion import canvas as canvases
-from memdlm_jax.diffusion import decode
+from memdlm_jax.diffusion import decode, objective
 from memdlm_jax.diffusion.canvas import Canvas
 from memdlm_jax.diffusion.decode import Decoded, State
 from memdlm_jax.diffusion.samplers import DecodeConfig
-from memdlm_jax.memory import fast_weights, prompt_memory
-from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.fast_weights import LowRank
-from memdlm_jax.memory.inner_loop import InnerStep
-from memdlm_jax.memory.learned import InnerParameters
-from memdlm_jax.memory.reader import MemoryReader
-from memdlm_jax.typing import Denoiser, Key, Mask, Phi, Theta, Tokens
+from memdlm_jax.inference.memory_reader import MemoryReader
+from memdlm_jax.memory import written
+from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters, InnerStep
+from memdlm_jax.typing import Denoiser, Key, Phi, Theta
 
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """Who answers, and how; all that a compiled program is made for.
+    """Denoiser, memory and sampler: everything that a compiled program is made for.
 
     Attributes:
         denoiser: the backbone.
-        memory: how prompts are written, or ``None`` for no memory.
+        inner_loop: writes prompts into memory, on the same denoiser; ``None`` for no memory.
         config: sampler settings.
     """
 
     denoiser: Denoiser
-    memory: MemoryConfig | None
+    inner_loop: InnerLoop | None
     config: DecodeConfig
+
+    def __post_init__(self):
+        if self.inner_loop is not None and self.inner_loop.denoiser != self.denoiser:
+            raise ValueError("inner_loop.denoiser must be the denoiser that generates")
 
     @property
     def split(self) -> int:
         """Number of trunk layers."""
-        if self.memory is None:
-            return fast_weights.plain_split(self.denoiser)
-        return fast_weights.split_of(self.denoiser, self.memory)
+        if self.inner_loop is None:
+            return objective.plain_split(self.denoiser)
+        return self.inner_loop.split
 
     @property
     def adapt_every(self) -> int:
         """Blocks between further writing while decoding; 0 for none."""
-        return 0 if self.memory is None else self.memory.adapt_every
+        return 0 if self.inner_loop is None else self.inner_loop.config.adapt_every
+
+
+@flax.struct.dataclass
+class Prompts:
+    """Prompts to answer.
+
+    Attributes:
+        keys: [b] one PRNG key per row.
+        tokens: [b, p] int32, padded on either side; an array of jax or numpy, as all here.
+        valid: [b, p] bool, False on padding.
+        written: (tokens [b, c], valid [b, c]) to write into memory instead of the prompts.
+    """
+
+    keys: Key
+    tokens: Any
+    valid: Any
+    written: tuple[Any, Any] | None = None
 
 
 @flax.struct.dataclass
@@ -78,12 +96,9 @@ class Progress:
 def generate(
     generator: Generator,
     theta: Theta,
-    keys: Key,
-    prompts: Tokens,
-    valid: Mask,
-    inner: InnerParameters | None = None,
+    prompts: Prompts,
+    learned: InnerParameters | None = None,
     phi: Phi = None,
-    context: tuple[Tokens, Mask] | None = None,
     *,
     record: bool = False,
 ) -> Decoded:
@@ -92,18 +107,15 @@ def generate(
     A row's answer depends on its key and its prompt, never on its neighbours or on padding.
 
     Args:
-        generator: who answers.
+        generator: model, memory and sampler.
         theta: base parameters.
-        keys: [b] one PRNG key per row.
-        prompts: [b, p] int32, padded on either side.
-        valid: [b, p] bool, False on padding.
-        inner: the learned inner loop's parameters.
+        prompts: what to answer.
+        learned: learned parts of the inner loop.
         phi: memory that was written before, one group per row or one for all; then nothing is
             written.
-        context: (tokens [b, c], valid [b, c]) to be written in the place of the prompts.
         record: keep the window after every step.
     """
-    progress = start(generator, theta, keys, prompts, valid, inner, phi, context, record=record)
+    progress = start(generator, theta, prompts, learned, phi, record=record)
     blocks = generator.config.num_blocks
     every = generator.adapt_every
     if not every:
@@ -112,7 +124,7 @@ def generate(
     def segment(progress, until):
         progress = advance(generator, theta, progress, until)
         done = (until >= blocks) | jnp.all(progress.state.finished)
-        write = functools.partial(write_on, generator, theta, inner=inner)
+        write = functools.partial(write_on, generator, theta, learned=learned)
         return jax.lax.cond(done, lambda p: p, write, progress), None
 
     untils = jnp.arange(every, blocks + every, every)
@@ -120,12 +132,7 @@ def generate(
 
 
 def write(
-    generator: Generator,
-    theta: Theta,
-    keys: Key,
-    tokens: Tokens,
-    valid: Mask,
-    inner: InnerParameters | None = None,
+    generator: Generator, theta: Theta, prompts: Prompts, learned: InnerParameters | None = None
 ) -> tuple[Phi, InnerStep]:
     """Write prompts into memory as ``generate`` does with the same keys.
 
@@ -137,37 +144,33 @@ def write(
     Raises:
         ValueError: the generator has no memory.
     """
-    memory_keys, _ = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-    # Draws are by column: with its padding behind it, a prompt has the columns it has alone.
-    tokens, valid = canvases.move_left(tokens, valid)
-    return prompt_memory.write_prompts(
-        memory_keys, generator.denoiser, _memory_of(generator), theta, tokens, valid, inner
-    )
+    memory_keys, _ = jnp.unstack(jax.vmap(jax.random.split)(prompts.keys), axis=1)
+    # Draws are by column: with its padding at the end, a prompt has the columns it has alone.
+    rows = (prompts.tokens, prompts.valid) if prompts.written is None else prompts.written
+    rows = canvases.move_left(*rows)
+    return written.write_prompts(memory_keys, _loop(generator), theta, *rows, learned)
 
 
 def start(
     generator: Generator,
     theta: Theta,
-    keys: Key,
-    prompts: Tokens,
-    valid: Mask,
-    inner: InnerParameters | None = None,
+    prompts: Prompts,
+    learned: InnerParameters | None = None,
     phi: Phi = None,
-    context: tuple[Tokens, Mask] | None = None,
     *,
     record: bool = False,
 ) -> Progress:
     """Write, lay out the canvas, and stop before the first step; arguments as in ``generate``."""
-    if generator.memory is None and not (phi is None and context is None):
-        raise ValueError("memory=None: there is no memory for phi or a context")
-    if generator.memory is not None and phi is None:
-        written = (prompts, valid) if context is None else context
-        phi, _ = write(generator, theta, keys, *written, inner)
+    if generator.inner_loop is None and not (phi is None and prompts.written is None):
+        raise ValueError("inner_loop=None: there is no memory for phi or for prompts.written")
+    if generator.inner_loop is not None and phi is None:
+        phi, _ = write(generator, theta, prompts, learned)
     if generator.adapt_every:  # From here on every row writes in its own.
-        phi = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(prompts), *x.shape[1:])), phi)
-    memory_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+        rows = len(prompts.tokens)
+        phi = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), phi)
+    memory_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(prompts.keys), axis=1)
     mask = generator.denoiser.mask_token_id
-    canvas = canvases.lay_out(prompts, valid, generator.config, mask)
+    canvas = canvases.lay_out(prompts.tokens, prompts.valid, generator.config, mask)
     loop = loop_of(generator, theta, canvas, noise_keys, phi)
     return Progress(noise_keys, memory_keys, canvas, loop.begin(record=record), phi)
 
@@ -194,10 +197,10 @@ def _keeps_hidden(generator: Generator) -> bool:
     return generator.adapt_every > 0 and generator.config.attention == "block_causal"
 
 
-def _memory_of(generator: Generator) -> MemoryConfig:
-    if generator.memory is None:
-        raise ValueError("memory=None: there is no memory to write into")
-    return generator.memory
+def _loop(generator: Generator) -> InnerLoop:
+    if generator.inner_loop is None:
+        raise ValueError("inner_loop=None: there is no memory to write into")
+    return generator.inner_loop
 
 
 def advance(generator: Generator, theta: Theta, progress: Progress, until) -> Progress:
@@ -216,7 +219,7 @@ def write_on(
     generator: Generator,
     theta: Theta,
     progress: Progress,
-    inner: InnerParameters | None = None,
+    learned: InnerParameters | None = None,
 ) -> Progress:
     """Further inner steps on prompt and committed text, between two blocks.
 
@@ -229,15 +232,8 @@ def write_on(
     committed = canvas.valid & behind & (state.tokens != generator.denoiser.mask_token_id)
     tokens, committed = canvases.move_left(state.tokens, committed)
     keys = jax.vmap(jax.random.fold_in, (0, None))(progress.memory_keys, 1 + state.block)
-    phi, _ = prompt_memory.write_prompts(
-        keys,
-        generator.denoiser,
-        _memory_of(generator),
-        theta,
-        tokens,
-        committed,
-        inner,
-        progress.phi,
+    phi, _ = written.write_prompts(
+        keys, _loop(generator), theta, tokens, committed, learned, progress.phi
     )
     if state.caches and _keeps_hidden(generator):
         readers = _readers(generator, theta, canvas, phi)
@@ -260,69 +256,39 @@ _write_on = jax.jit(write_on, static_argnums=(0,))
 def watch(
     generator: Generator,
     theta: Theta,
-    keys: Key,
-    prompts: Tokens,
-    valid: Mask,
-    inner: InnerParameters | None = None,
+    prompts: Prompts,
+    learned: InnerParameters | None = None,
     phi: Phi = None,
-    context: tuple[Tokens, Mask] | None = None,
     *,
     record: bool = False,
 ) -> Iterator[Decoded]:
-    """``generate`` step by step: what stands there before the first step and after each one.
+    """``generate`` step by step: the canvas before the first step and after each one.
 
-    Masks stand where nothing has been committed yet. The last item is what ``generate`` returns.
+    Positions that are not committed yet hold mask tokens. The last item is what ``generate``
+    returns.
     """
-    progress = _start(generator, theta, keys, prompts, valid, inner, phi, context, record=record)
+    progress = _start(generator, theta, prompts, learned, phi, record=record)
     yield jax.device_get(_seen(generator, progress))
-    written = 0
-    while not np.all(progress.state.finished):
+    updates = 0
+
+    def is_over(state: State) -> bool:
+        return bool(state.block >= generator.config.num_blocks or np.all(state.finished))
+
+    while not is_over(progress.state):
         progress = _one_step(generator, theta, progress)
-        block = int(progress.state.block)
-        if generator.adapt_every and not np.all(progress.state.finished):
-            due = block // generator.adapt_every
-            if due > written:
-                progress, written = _write_on(generator, theta, progress, inner), due
+        if generator.adapt_every and not is_over(progress.state):
+            due = int(progress.state.block) // generator.adapt_every
+            if due > updates:
+                progress, updates = _write_on(generator, theta, progress, learned), due
         yield jax.device_get(_seen(generator, progress))
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
 def _seen(generator: Generator, progress: Progress) -> Decoded:
     seen = finish(generator, progress)
-    # Until the end, nothing stands in for what was not decoded.
+    # Before the end, positions that were not decoded keep their mask tokens.
     done = jnp.all(progress.state.finished)
     columns = progress.canvas.offset[:, None] + jnp.arange(generator.config.length)
     window = progress.state.tokens[:, progress.canvas.start :]
     raw = jnp.take_along_axis(window, columns, axis=1)
     return dataclasses.replace(seen, tokens=jnp.where(done, seen.tokens, raw))
-
-
-def describe(phi: Phi) -> dict[str, dict[str, Float[Array, "groups layers"]]]:
-    """What a memory holds, matrix by matrix.
-
-    Returns:
-        path -> {``norm``: Frobenius norm of the change that it makes to the matrix, [groups,
-        layers, (experts)]; ``rank``: its effective rank, the exponential of the entropy of its
-        normalised squared singular values, likewise; 0 where it changes nothing}.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(phi, is_leaf=fast_weights.is_fast_weight)[0]
-    found = {}
-    for path, delta in leaves:
-        name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-        found[name] = _spectrum(delta)
-    return found
-
-
-def _spectrum(delta) -> dict[str, jax.Array]:
-    if isinstance(delta, LowRank):
-        # The singular values of A B from two small triangles: the product may be a large matrix.
-        left = jnp.linalg.qr(delta.A, mode="r")
-        right = jnp.linalg.qr(jnp.swapaxes(delta.B, -1, -2), mode="r")
-        small = left @ jnp.swapaxes(right, -1, -2) * delta.scale
-    else:
-        small = delta.W
-    squares = jnp.linalg.svd(small, compute_uv=False) ** 2
-    total = jnp.sum(squares, axis=-1)
-    p = squares / jnp.where(total > 0, total, 1)[..., None]
-    entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)), axis=-1)
-    return {"norm": jnp.sqrt(total), "rank": jnp.where(total > 0, jnp.exp(entropy), 0.0)}

@@ -1,0 +1,1 @@
+"""Generate: write prompts into memory, decode, and divide the work over devices."""
