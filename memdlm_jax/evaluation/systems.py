@@ -15,7 +15,12 @@ from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.inference import data_parallel, generation
 from memdlm_jax.inference.generation import Generator, Prompts
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters, InnerStep
+from memdlm_jax.memory.inner_loop import (
+    InnerLoop,
+    InnerParameters,
+    InnerStep,
+    inner_loop_for,
+)
 from memdlm_jax.typing import Denoiser, Phi, Theta
 
 NAMES = ("mdlm", "memdlm_train_only", "memdlm")
@@ -45,6 +50,10 @@ class System:
     def memory(self) -> MemoryConfig | None:
         """Settings of the inner loop, ``None`` without memory."""
         return None if self.inner_loop is None else self.inner_loop.config
+
+    def with_memory(self, memory: MemoryConfig | None) -> "System":
+        """The same weights, writing prompts with other settings; ``None`` writes nothing."""
+        return dataclasses.replace(self, inner_loop=inner_loop_for(self.denoiser, memory))
 
 
 def three_systems(

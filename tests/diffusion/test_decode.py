@@ -13,8 +13,8 @@ import pytest
 from memdlm_jax.diffusion import decode, reading
 from memdlm_jax.diffusion.canvas import lay_out, pad_left
 from memdlm_jax.diffusion.samplers import DecodeConfig
-from memdlm_jax.memory import generation
-from memdlm_jax.memory.generation import Generator
+from memdlm_jax.inference import generation
+from memdlm_jax.inference.generation import Generator, Prompts
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 
 MASK, END, VOCAB = 20, 9, 24
@@ -38,7 +38,8 @@ def run(theta, tokens, valid, config, seeds=None, record=False):
     seeds = range(len(tokens)) if seeds is None else seeds
     keys = jax.vmap(jax.random.key)(jnp.array(list(seeds)))
     generator = Generator(DENOISER, None, config)
-    return jax.device_get(generation.generate(generator, theta, keys, tokens, valid, record=record))
+    prompts = Prompts(keys, tokens, valid)
+    return jax.device_get(generation.generate(generator, theta, prompts, record=record))
 
 
 def from_function(predict, prompts, config, record=False):

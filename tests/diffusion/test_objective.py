@@ -7,13 +7,14 @@ import pytest
 
 from memdlm_jax.diffusion.objective import (
     chunked_token_losses,
-    correct_counts,
-    diffusion_loss,
+    draw_anchor,
     gather_targets,
-    hidden_at,
     row_losses,
     token_losses,
+    weighted_sum,
 )
+from memdlm_jax.diffusion.schedule import CosineSchedule, LinearSchedule
+from memdlm_jax.typing import Batch
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 9, 6, 11
 RNG = np.random.default_rng(0)
@@ -40,13 +41,6 @@ def test_targets_are_the_first_masked_positions_in_order(capacity):
         assert [(int(i), int(token)) for i, token in pairs][: len(found)] == found
 
 
-def test_hidden_states_are_those_of_the_positions():
-    targets = gather_targets(jnp.asarray(TOKENS), jnp.asarray(MASK))
-    picked = hidden_at(jnp.asarray(HIDDEN), targets)
-    for row in range(ROWS):
-        np.testing.assert_array_equal(picked[row], HIDDEN[row][np.asarray(targets.positions[row])])
-
-
 def full_logits_loss(hidden):
     """Cross-entropy on the logits of every position, times the mask."""
     log_p = jax.nn.log_softmax(hidden @ KERNEL)
@@ -59,7 +53,8 @@ def test_loss_and_gradient_equal_those_on_full_logits(capacity):
     targets = gather_targets(jnp.asarray(TOKENS), jnp.asarray(MASK), capacity)
 
     def loss(hidden):
-        return diffusion_loss(lambda h: h @ KERNEL, hidden, targets, jnp.asarray(WEIGHT))
+        at = jnp.take_along_axis(hidden, targets.positions[..., None], axis=1)
+        return weighted_sum(token_losses(at @ KERNEL, targets), targets, jnp.asarray(WEIGHT))
 
     ours, gradient = jax.jit(jax.value_and_grad(loss))(HIDDEN)
     theirs, expected = jax.jit(jax.value_and_grad(full_logits_loss))(HIDDEN)
@@ -84,15 +79,6 @@ def test_row_losses_survive_huge_logits():
     targets = gather_targets(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
     logits = jnp.array([[[1e4, -1e4], [-1e4, 1e4]]])
     np.testing.assert_allclose(row_losses(logits, targets), [2e4])
-
-
-def test_correct_counts():
-    targets = gather_targets(jnp.asarray(TOKENS), jnp.asarray(MASK))
-    right = jax.nn.one_hot(targets.labels, VOCABULARY)
-    np.testing.assert_array_equal(correct_counts(right, targets), MASK.sum(-1))
-    wrong_first = right.at[:, 0].set(-right[:, 0])
-    expected = np.maximum(MASK.sum(-1) - 1, 0)
-    np.testing.assert_array_equal(correct_counts(wrong_first, targets), expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 11, 50])
@@ -150,3 +136,50 @@ def test_chunked_logits_are_never_all_there():
 
     whole, parts = largest(0), largest(50)
     assert whole == 2 * 64 * 1000 and parts <= 2 * 64 * 50
+
+
+class TestAnchor:
+    """The corrupted rows of the outer loss."""
+
+    def test_each_row_is_masked_at_its_own_time(self):
+        maskable = jnp.ones((6, 4000), bool).at[0].set(False).at[1, 2000:].set(False)
+        batch = Batch(jnp.zeros(maskable.shape, jnp.int32), maskable, maskable)
+        anchor = draw_anchor(jax.random.key(0), batch, 1, LinearSchedule(0.05))
+        assert not (anchor.mask & ~maskable).any()
+        ratio = anchor.mask.sum(-1)[1:] / maskable.sum(-1)[1:]
+        np.testing.assert_allclose(1 / ratio, anchor.weight[1:], rtol=0.3)
+        assert np.ptp(ratio) > 0.2
+
+    def test_time_and_mask_are_drawn_apart(self):
+        """A lone token is masked with probability E[t]; from one key it would be always."""
+        one = jnp.ones((1, 1), bool)
+        batch = Batch(jnp.zeros((1, 1), jnp.int32), one, one)
+
+        def masked(key):
+            return draw_anchor(key, batch, 1, LinearSchedule()).mask.sum()
+
+        keys = jax.random.split(jax.random.key(0), 1000)
+        assert abs(float(jax.jit(jax.vmap(masked))(keys).mean()) - 0.5) < 0.06
+
+    def test_it_holds_the_masked_tokens_and_their_truth(self):
+        batch = Batch(*map(jnp.asarray, (TOKENS, np.ones_like(MASK), np.ones_like(MASK))))
+
+        def corruption(key, batch):
+            return jnp.asarray(MASK), jnp.arange(4.0)
+
+        anchor = draw_anchor(jax.random.key(0), batch, VOCABULARY, corruption)
+        np.testing.assert_array_equal(anchor.state.tokens == VOCABULARY, MASK)
+        np.testing.assert_array_equal(anchor.state.targets.present.sum(-1), MASK.sum(-1))
+        np.testing.assert_array_equal(anchor.state.weight, np.arange(4.0))
+        np.testing.assert_array_equal(anchor.maskable, [LENGTH] * ROWS)
+
+    def test_another_schedule_masks_and_weighs_by_its_own_rule(self):
+        maskable = jnp.ones((64, 2000), bool)
+        batch = Batch(jnp.zeros(maskable.shape, jnp.int32), maskable, maskable)
+        schedule = CosineSchedule(0.1, "low_discrepancy")
+        anchor = draw_anchor(jax.random.key(0), batch, 1, schedule)
+        t = schedule.sample_times(jax.random.split(jax.random.key(0))[0], 64)
+        ratio = np.cos(np.pi / 2 * (1 - t))
+        np.testing.assert_allclose(anchor.mask.mean(-1), ratio, atol=0.05)
+        weight = np.pi / 2 * np.sin(np.pi / 2 * (1 - t)) / ratio
+        np.testing.assert_allclose(anchor.weight, weight, rtol=1e-3)

@@ -11,8 +11,8 @@ import pytest
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.diffusion import decode
 from memdlm_jax.diffusion.samplers import SAMPLERS, DecodeConfig
-from memdlm_jax.memory import generation
-from memdlm_jax.memory.generation import Generator
+from memdlm_jax.inference import generation
+from memdlm_jax.inference.generation import Generator, Prompts
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "backbones"
 load = functools.cache(hugging_face.load)
@@ -30,7 +30,7 @@ def run(name, config, prompts, valid=None, record=False):
     valid = np.ones(prompts.shape, bool) if valid is None else valid.astype(bool)
     keys = jax.random.split(jax.random.key(0), len(prompts))
     generator = Generator(denoiser, None, config)
-    decoded = generation.generate(generator, theta, keys, prompts, valid, record=record)
+    decoded = generation.generate(generator, theta, Prompts(keys, prompts, valid), record=record)
     return jax.device_get(decoded), denoiser.mask_token_id
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdlm_jax.diffusion.schedule import LinearSchedule, alpha, loss_weight
+from memdlm_jax.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 
 SAMPLINGS = ["iid", "low_discrepancy"]
 
@@ -40,19 +40,40 @@ def test_low_discrepancy_moves_with_the_key():
     assert np.ptp(first) > 0.5
 
 
-def test_loss_weight_is_minus_the_slope_of_alpha_over_the_masked_share(float64):
+@pytest.mark.parametrize("kind", [LinearSchedule, CosineSchedule])
+def test_weight_is_minus_the_slope_of_alpha_over_the_masked_share(float64, kind):
     """w(t) = -alpha'(t) / (1 - alpha(t)), with the public code's 1e-6 in the denominator."""
-    t = np.linspace(0.0, 1.0, 101)
-    slope = jax.vmap(jax.grad(alpha))(t)
-    weight = np.asarray(loss_weight(t))
-    np.testing.assert_allclose(weight, -slope / (1 - alpha(t) + 1e-6), rtol=1e-15)
+    t, schedule = jnp.linspace(0.0, 1.0, 101), kind()
+    slope = jax.vmap(jax.grad(schedule.alpha))(t)
+    np.testing.assert_allclose(schedule.alpha_derivative(t), slope, atol=1e-14)
+    expected = -slope / (1 - schedule.alpha(t) + 1e-6)
+    np.testing.assert_allclose(schedule.weight(t), expected, rtol=1e-9, atol=1e-12)
+    assert schedule.alpha(t)[0] == 1 and abs(schedule.alpha(t)[-1]) < 1e-15
+
+
+def test_linear_weight_keeps_all_digits_at_small_times():
+    """In float32: 1 - (1 - t) would be off by 3e-5 at t = 1e-3."""
     million = fractions.Fraction(1, 10**6)
-    closed = [float(1 / (fractions.Fraction(time) + million)) for time in t]
-    np.testing.assert_allclose(weight, closed, rtol=1e-9)
+    for t in np.float32([1e-3, 2e-3, 0.3, 1.0]):
+        closed = float(1 / (fractions.Fraction(float(t)) + million))
+        assert float(LinearSchedule().weight(t)) == pytest.approx(closed, rel=2e-7)
+
+
+@pytest.mark.parametrize("kind", [LinearSchedule, CosineSchedule])
+def test_time_at_inverts_the_mask_ratio(kind):
+    """The cosine one by bisection, to the precision of float32."""
+    schedule, ratio = kind(), jnp.array([0.0, 1e-3, 0.2, 0.5, 0.9, 1.0])
+    found = schedule.mask_ratio(jax.jit(schedule.time_at)(ratio))
+    np.testing.assert_allclose(found, ratio, atol=3e-7)
+
+
+def test_a_schedule_without_its_formulas_says_which_are_missing():
+    with pytest.raises(NotImplementedError, match=r"Schedule must define alpha\(t\)"):
+        Schedule().mask_ratio(0.5)
 
 
 def test_loss_weight_stays_finite_and_keeps_the_dtype():
-    weight = loss_weight(jnp.array([0.0, 1.0], jnp.float32))
+    weight = LinearSchedule().weight(jnp.array([0.0, 1.0], jnp.float32))
     assert weight.dtype == jnp.float32
     np.testing.assert_allclose(weight, [1e6, 1.0], rtol=1e-5)
 

@@ -23,17 +23,17 @@ class BigramDenoiser:
     num_layers: int = 2
     mask_token_id: int = MASK
 
-    def trunk(self, theta, tokens, attend=None, position_ids=None, *, split):
-        del theta, position_ids, split
-        seen = (tokens != MASK) & attend
+    def trunk(self, theta, tokens, context=EVERYTHING, *, split):
+        del theta, split
+        seen = (tokens != MASK) & context.attend
         left = jax.nn.one_hot(tokens, SIZE) * seen[..., None]
         left = jnp.concatenate([jnp.zeros_like(left[:, :1]), left[:, :-1]], axis=1)
         follows = jax.nn.one_hot(tokens, SIZE) * seen[..., None]
         votes = jnp.einsum("bqv,bkv,bkw->bqw", left, left, follows)
         return jnp.concatenate([left, IN_VIEW * jnp.minimum(votes, 1)], axis=-1)
 
-    def head(self, theta, phi, hidden, attend=None, position_ids=None, *, split):
-        del theta, attend, position_ids, split
+    def head(self, theta, phi, hidden, context=EVERYTHING, *, split):
+        del theta, context, split
         if phi is None:
             return hidden
         left, logits = jnp.split(hidden, 2, axis=-1)

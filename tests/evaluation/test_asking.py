@@ -65,7 +65,7 @@ def test_other_settings_are_other_answers(asked, systems, tmp_path):
         (dataclasses.replace(asked, seed=8), systems[0]),
         (dataclasses.replace(asked, config=dataclasses.replace(asked.config, top_k=3)), systems[0]),
         (asked, systems[1]),
-        (asked, dataclasses.replace(systems[0], memory=systems[2].memory)),
+        (asked, systems[0].with_memory(systems[2].memory)),
     ]
     for changed, system in changes:
         told = []

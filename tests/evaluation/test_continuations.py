@@ -10,7 +10,8 @@ import pytest
 from memdlm_jax.evaluation import continuations, likelihood
 from memdlm_jax.evaluation.continuations import Question
 from memdlm_jax.evaluation.likelihood import LikelihoodConfig
-from memdlm_jax.memory import fast_weights, prompt_memory
+from memdlm_jax.memory.written import write_prompts
+from memdlm_jax.typing import EVERYTHING
 
 CONFIG = LikelihoodConfig(samples=5, seed=3)
 SETTINGS = {"pad_token_id": 0, "max_length": 64}
@@ -35,8 +36,8 @@ def unsure(systems):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(denoiser, memory, theta, tokens, phi):
-    split = denoiser.num_layers if phi is None else fast_weights.split_of(denoiser, memory)
+def _logits(denoiser, inner_loop, theta, tokens, phi):
+    split = denoiser.num_layers if phi is None else inner_loop.split
     hidden = denoiser.trunk(theta, tokens[None], split=split)
     if phi is not None:
         hidden = denoiser.head(theta, phi, hidden, split=split)
@@ -45,7 +46,7 @@ def _logits(denoiser, memory, theta, tokens, phi):
 
 def logits_of(system, tokens, phi=None):
     """One row, without padding."""
-    given = system.denoiser, system.memory, system.theta, np.asarray(tokens), phi
+    given = system.denoiser, system.inner_loop, system.theta, np.asarray(tokens), phi
     return np.array(_logits(*given))
 
 
@@ -89,8 +90,8 @@ def memory_of(system, context):
     memory_key = jax.vmap(jax.random.split)(keys)[:, 0]
     tokens = jnp.array([context], jnp.int32)
     valid = jnp.ones_like(tokens, bool)
-    write = jax.jit(prompt_memory.write_prompts, static_argnums=(1, 2))
-    return write(memory_key, system.denoiser, system.memory, system.theta, tokens, valid)[0]
+    write = jax.jit(write_prompts, static_argnums=1)
+    return write(memory_key, system.inner_loop, system.theta, tokens, valid)[0]
 
 
 def test_scores_are_those_of_a_plain_loop(unsure, pairs):
@@ -137,10 +138,10 @@ def test_each_context_is_written_once(unsure, pairs, monkeypatch):
     written = []
     write = continuations._write
 
-    def spy(denoiser, memory, theta, keys, batch, inner):
+    def spy(denoiser, inner_loop, theta, keys, batch, learned):
         lengths = np.asarray(batch.valid.sum(-1)).tolist()
         written.append(lengths)
-        return write(denoiser, memory, theta, keys, batch, inner)
+        return write(denoiser, inner_loop, theta, keys, batch, learned)
 
     monkeypatch.setattr(continuations, "_write", spy)
     continuations.score(unsure[1], pairs, CONFIG, batch_size=4, **SETTINGS)
@@ -179,12 +180,12 @@ def test_candidates_of_a_question_share_their_masks(tokenizer, unsure):
         num_layers: int = 1
         mask_token_id: int = 1
 
-        def trunk(self, theta, tokens, valid=None, position_ids=None, *, split):
+        def trunk(self, theta, tokens, context=EVERYTHING, *, split):
             weight = jnp.sin(jnp.arange(tokens.shape[1]) * 1.7)
             masked = ((tokens == 1) * weight).sum(-1)
             return jnp.broadcast_to(masked[:, None, None], (*tokens.shape, 1))
 
-        def head(self, theta, phi, hidden, valid=None, position_ids=None, *, split):
+        def head(self, theta, phi, hidden, context=EVERYTHING, *, split):
             return hidden
 
         def readout(self, theta, last):
@@ -250,7 +251,7 @@ def test_long_contexts_need_pieces(unsure):
     with pytest.raises(ValueError, match="context 0 has 90 tokens and its continuation 3"):
         continuations.score(full, pairs, CONFIG, **SETTINGS)
     memory = dataclasses.replace(full.memory, prompt_chunk=48)
-    pieces = dataclasses.replace(full, memory=memory)
+    pieces = full.with_memory(memory)
     found = continuations.score(pieces, pairs, CONFIG, **SETTINGS)
     # Memory has all of it, the canvas what fits before each continuation.
     phi = memory_of(pieces, context)

@@ -68,7 +68,7 @@ def test_a_row_does_not_depend_on_its_neighbours_and_memory_matters(unsure, rows
     for one, other in zip(curves(full, rows), curves(full, others, batch_size=5), strict=True):
         np.testing.assert_allclose(one[3], other[3], rtol=2e-4)
         assert np.abs(one[2] - other[2]).max() > 1e-2
-    other = dataclasses.replace(full, memory=None)
+    other = full.with_memory(None)
     assert np.abs(curves(full, rows)[0] - curves(other, rows)[0]).max() > 1e-3
     fresh = curves(plain, rows, dataclasses.replace(CONFIG, seed=2))
     assert np.abs(curves(plain, rows)[0][:, 1:] - fresh[0][:, 1:]).max() > 1e-3

@@ -16,6 +16,7 @@ from experiments.configs import meta_gradient_study as study_config
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.evaluation import gradients
+from memdlm_jax.memory.inner_loop import InnerLoop
 from tests.memory import tiny
 
 EXACT = {"layers": {"mlp": np.array([[3.0, 0.0], [0.0, 4.0]])}, "embedding": np.array([0.0, 12.0])}
@@ -85,13 +86,15 @@ def test_the_exact_gradient_is_the_slope_and_the_others_are_not():
         assert gradients.along(direction, direction) == pytest.approx(1)
 
         def loss(theta):
-            return gradients.outer_loss(tiny.MODEL, memory, schedule, theta, batch, key)
+            loop = InnerLoop(tiny.MODEL, memory)
+            return gradients.memory_on_loss(loop, schedule, theta, batch, key)
 
         truth = gradients.slope(loss, theta, direction, step=1e-4)
         errors = {}
         for mode in gradients.MODES:
             config = dataclasses.replace(memory, meta_gradient=mode)
-            found = gradients.gradient(tiny.MODEL, config, schedule, theta, batch, key)
+            loop = InnerLoop(tiny.MODEL, config)
+            found = gradients.gradient(loop, schedule, theta, batch, key)
             assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(float)}
             errors[mode] = abs(gradients.along(found, direction) / truth - 1)
     assert errors["exact"] < 1e-7

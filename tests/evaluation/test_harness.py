@@ -33,7 +33,8 @@ from memdlm_jax.evaluation.harness.model import HarnessModel  # noqa: E402
 from memdlm_jax.evaluation.harness.requests import settings_of, windows  # noqa: E402
 from memdlm_jax.evaluation.likelihood import LikelihoodConfig  # noqa: E402
 from memdlm_jax.evaluation.systems import System, reply  # noqa: E402
-from memdlm_jax.memory import generation  # noqa: E402
+from memdlm_jax.inference import generation  # noqa: E402
+from memdlm_jax.typing import EVERYTHING  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 MODEL = "memdlm_jax/assets/tiny"
@@ -168,7 +169,7 @@ def test_an_answer_is_greedy_under_the_memory_of_its_prompt(models, tokenizer, m
     answers = np.asarray(seen[0].tokens).tolist()
     pairs = [(tokenizer.encode(text), ids) for text, ids in zip(prompts, answers, strict=True)]
     settings = {"pad_token_id": 0, "max_length": 64, "batch_size": 2}
-    for system, greedy in ((lm.system, True), (dataclasses.replace(lm.system, memory=None), False)):
+    for system, greedy in ((lm.system, True), (lm.system.with_memory(None), False)):
         found = continuations.score(system, pairs, LikelihoodConfig(4, lm.seed), **settings)
         assert all(one.is_greedy for one in found) == greedy
 
@@ -181,7 +182,7 @@ def test_prompts_are_never_cut_in_silence(models):
     with pytest.raises(ValueError, match="context 0 has"):
         plain.loglikelihood([request("loglikelihood", long, " cat")], True)
     memory = dataclasses.replace(full.system.memory, prompt_chunk=32)
-    pieces = dataclasses.replace(full.system, memory=memory)
+    pieces = full.system.with_memory(memory)
     lm = HarnessModel(pieces, full.vocabulary, max_length=64)
     # Only memory has seen where these two differ.
     given = {"max_gen_toks": 8}
@@ -208,14 +209,14 @@ class Knowing:
         place = xp.cumsum(tokens != 0, -1)
         return (tokens.astype(np.int32) * (place * place % 9973 + 7) % 1_000_003).sum(-1)
 
-    def trunk(self, theta, tokens, valid=None, position_ids=None, *, split):
+    def trunk(self, theta, tokens, context=EVERYTHING, *, split):
         start = tokens.shape[1] - self.window
         known = self.digest(tokens[:, :start])[:, None] == self.prompts
         at = np.clip(np.arange(tokens.shape[1]) - start, 0, self.answers.shape[1] - 1)
         said = jnp.asarray(self.answers)[jnp.argmax(known, -1)][:, at]
         return jnp.where(known.any(-1)[:, None], said, self.end)[..., None].astype(jnp.float32)
 
-    def head(self, theta, phi, hidden, valid=None, position_ids=None, *, split):
+    def head(self, theta, phi, hidden, context=EVERYTHING, *, split):
         return hidden
 
     def readout(self, theta, last):

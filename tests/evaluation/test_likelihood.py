@@ -10,6 +10,7 @@ from memdlm_jax.data.example import Example
 from memdlm_jax.data.sft import Row
 from memdlm_jax.evaluation import likelihood
 from memdlm_jax.evaluation.likelihood import LikelihoodConfig
+from memdlm_jax.typing import EVERYTHING
 
 CONFIG = LikelihoodConfig(samples=4, seed=1)
 
@@ -38,11 +39,11 @@ def test_the_estimate_is_the_mdlm_bound_of_a_known_model(tokenizer):
         num_layers: int = 1
         mask_token_id: int = 1
 
-        def trunk(self, theta, tokens, valid=None, position_ids=None, *, split):
+        def trunk(self, theta, tokens, context=EVERYTHING, *, split):
             masks = (tokens == 1).sum(-1)[:, None, None]
             return jnp.broadcast_to(masks.astype(jnp.float32), (*tokens.shape, 1))
 
-        def head(self, theta, phi, hidden, valid=None, position_ids=None, *, split):
+        def head(self, theta, phi, hidden, context=EVERYTHING, *, split):
             return hidden
 
         def readout(self, theta, last):

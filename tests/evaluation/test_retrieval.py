@@ -14,8 +14,11 @@ from memdlm_jax.evaluation.retrieval import RetrievalConfig
 from memdlm_jax.evaluation.retrieval_answers import CONDITIONS, Run
 from memdlm_jax.evaluation.retrieval_probes import Passage, Probe
 from memdlm_jax.evaluation.systems import System
-from memdlm_jax.memory import fast_weights, generation
+from memdlm_jax.inference import generation
+from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
+from memdlm_jax.typing import Context
 from tests.evaluation import bigram_denoiser
 from tests.evaluation.bigram_denoiser import END, MASK, TOKENIZER, BigramDenoiser
 
@@ -31,7 +34,7 @@ WRITES = MemoryConfig(
 
 @pytest.fixture(scope="module")
 def bigrams():
-    return System("memdlm", BigramDenoiser(), {}, WRITES)
+    return System("memdlm", BigramDenoiser(), {}, InnerLoop(BigramDenoiser(), WRITES))
 
 
 def bigram_probe(key, first, second, filler):
@@ -88,11 +91,12 @@ WRITE = jax.jit(generation.write, static_argnums=0)
 def memory_of(system, ids, number, seed=0):
     """The memory of one row, written alone, its padding behind it."""
     keys = jax.random.fold_in(jax.random.key(seed), number)[None]
-    generator = generation.Generator(system.denoiser, system.memory, DecodeConfig())
+    generator = generation.Generator(system.denoiser, system.inner_loop, DecodeConfig())
     tokens = np.zeros((1, 128), np.int32)
     tokens[0, : len(ids)] = ids
     valid = np.arange(128)[None] < len(ids)
-    return WRITE(generator, system.theta, keys, tokens, valid, system.inner)[0]
+    prompts = generation.Prompts(keys, tokens, valid)
+    return WRITE(generator, system.theta, prompts, system.learned)[0]
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -165,7 +169,7 @@ def test_rows_that_cannot_be_asked_are_refused(bigrams, asked, others):
     with pytest.raises(ValueError, match="5 others: one for each of 6 probes"):
         answer("control", controls=others[1:])
     with pytest.raises(ValueError, match="memdlm has no memory: memory='on' must be 'off'"):
-        answer("on", system=dataclasses.replace(bigrams, memory=None))
+        answer("on", system=bigrams.with_memory(None))
     with pytest.raises(ValueError, match="probes is empty"):
         answer(rows=[])
     with pytest.raises(ValueError, match=r"decode.length=2 must be at least 3"):
@@ -180,7 +184,7 @@ def test_rows_that_cannot_be_asked_are_refused(bigrams, asked, others):
 
 def test_long_contexts_are_written_in_pieces_and_asked_without(bigrams, asked):
     memory = dataclasses.replace(WRITES, prompt_chunk=16)
-    system = dataclasses.replace(bigrams, memory=memory)
+    system = bigrams.with_memory(memory)
     run = dataclasses.replace(BIGRAM_RUN, max_length=16)
     off, on = (
         retrieval_answers.answer(system, memory, asked[:2], (), run, TOKENIZER, ["removed"])
@@ -190,7 +194,7 @@ def test_long_contexts_are_written_in_pieces_and_asked_without(bigrams, asked):
 
 
 def test_memory_is_not_written_on_while_decoding(bigrams, asked, found):
-    writes_on = dataclasses.replace(bigrams, memory=dataclasses.replace(WRITES, adapt_every=1))
+    writes_on = bigrams.with_memory(dataclasses.replace(WRITES, adapt_every=1))
     said = retrieval_answers.answer(writes_on, "on", asked, (), BIGRAM_RUN, TOKENIZER, ["removed"])
     assert said["removed"].texts == found["on"]["removed"].texts
 
@@ -231,8 +235,9 @@ def test_scores_of_a_transformer_are_those_of_single_rows(systems, tokenizer, dr
 
     @jax.jit
     def logits(tokens, seen, phi):
-        hidden = denoiser.trunk(system.theta, tokens, seen, split=1)
-        last = fast_weights.head_with_memory(denoiser, system.theta, phi, hidden, seen, split=1)
+        theta, context = system.theta, Context(seen)
+        hidden = denoiser.trunk(theta, tokens, context, split=1)
+        last = fast_weights.head_with_memory(denoiser, theta, phi, hidden, context, split=1)
         return denoiser.readout(system.theta, last)[0]
 
     for row, condition in itertools.product((1, 4), CONDITIONS):

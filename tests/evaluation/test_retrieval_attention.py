@@ -12,10 +12,12 @@ from memdlm_jax.evaluation import needles, retrieval, retrieval_attention, stati
 from memdlm_jax.evaluation.retrieval import RetrievalConfig
 from memdlm_jax.evaluation.retrieval_answers import Asked, Run
 from memdlm_jax.evaluation.systems import System
-from memdlm_jax.memory import fast_weights, generation
+from memdlm_jax.inference import generation
+from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.models.attention import Attention, attend, attention_weights
 from memdlm_jax.models.dream import Dream, DreamConfig
+from memdlm_jax.typing import Context
 from tests.evaluation.bigram_denoiser import BigramDenoiser
 from tests.models.small import FAMILIES, TOKENS
 
@@ -62,12 +64,14 @@ def test_looking_in_changes_nothing_and_shows_what_attention_did():
 
     @jax.jit
     def look(theta, phi):
-        return model.inspect(theta, TOKENS, valid, positions, phi, split=split, heads=True)
+        context = Context(valid, positions)
+        return model.inspect(theta, TOKENS, context, phi, split=split, heads=True)
 
     @jax.jit
     def run(theta, phi):
-        hidden = model.trunk(theta, TOKENS, valid, positions, split=split)
-        return model.head(theta, phi, hidden, valid, positions, split=split)
+        context = Context(valid, positions)
+        hidden = model.trunk(theta, TOKENS, context, split=split)
+        return model.head(theta, phi, hidden, context, split=split)
 
     seen = look(theta, one_group(phi))
     np.testing.assert_array_equal(seen["hidden"][-1], run(theta, one_group(phi)))
@@ -138,7 +142,7 @@ def asked(tokenizer, sentences):
 def attentive(systems):
     """A system whose memory changes the attention of its last layer."""
     memory = dataclasses.replace(systems[2].memory, target_modules=("attention/q_proj",))
-    return dataclasses.replace(systems[2], memory=memory)
+    return systems[2].with_memory(memory)
 
 
 WRITE = jax.jit(generation.write, static_argnums=0)
@@ -150,7 +154,7 @@ def by_loops(system, probe, number, tokenizer, memory, attention="full"):
     tokens = np.array([*probe.prompt, *[tokenizer.mask_id] * answer])
     start, phi = len(probe.prompt), None
     if memory == "on":
-        generator = generation.Generator(system.denoiser, system.memory, DecodeConfig())
+        generator = generation.Generator(system.denoiser, system.inner_loop, DecodeConfig())
         keys = jax.random.fold_in(jax.random.key(0), number)[None]
         prompt = np.zeros((1, 128), np.int32)
         prompt[0, :start] = probe.prompt
@@ -230,9 +234,7 @@ def test_what_is_reported_is_the_mean_and_the_paired_difference(attentive, asked
         assert mean != 0
         expected = statistics.t_p_value(mean, error, 3)
         assert part["difference"]["p_value"][1][0] == pytest.approx(expected)
-    plain = retrieval_attention.evaluate(
-        dataclasses.replace(attentive, memory=None), asked, RUN, tokenizer.pad_id
-    )
+    plain = retrieval_attention.evaluate(attentive.with_memory(None), asked, RUN, tokenizer.pad_id)
     assert plain["head_begins"] is None and set(plain["parts"]["value"]) == {"uniform", "off"}
     assert plain["parts"]["value"]["off"] == report["parts"]["value"]["off"]
 
@@ -242,9 +244,7 @@ def test_what_cannot_be_looked_at_is_refused(attentive, asked, tokenizer):
     with pytest.raises(ValueError, match=r"probes\[1\] names no needle"):
         retrieval_attention.evaluate(attentive, [asked[0], unknown], RUN, tokenizer.pad_id)
     with pytest.raises(ValueError, match="1 probes are too few"):
-        retrieval_attention.evaluate(
-            dataclasses.replace(attentive, memory=None), asked[:1], RUN, tokenizer.pad_id
-        )
+        retrieval_attention.evaluate(attentive.with_memory(None), asked[:1], RUN, tokenizer.pad_id)
     closed = System("mdlm", BigramDenoiser(), {})
     with pytest.raises(TypeError, match="BigramDenoiser does not show its attention"):
         retrieval_attention.evaluate(closed, asked, RUN, tokenizer.pad_id)

@@ -15,7 +15,7 @@ from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
 from memdlm_jax.evaluation import report
 from memdlm_jax.evaluation import systems as library
-from memdlm_jax.memory import generation
+from memdlm_jax.inference import generation
 from memdlm_jax.models.llada import LLaDA
 from memdlm_jax.training.loop import Result
 from memdlm_jax.training.state import TrainState

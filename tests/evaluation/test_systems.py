@@ -7,7 +7,8 @@ import pytest
 from memdlm_jax.diffusion import decode
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import systems as library
-from memdlm_jax.memory import generation, prompt_memory
+from memdlm_jax.inference import generation
+from memdlm_jax.memory.written import write_prompts
 
 CONFIG = DecodeConfig(length=6, block_length=3, steps=4, temperature=1.0)
 
@@ -57,7 +58,7 @@ def test_compiled_once_for_all_batches_and_seeds(systems):
 
 def test_prompts_longer_than_the_model_are_written_in_pieces_and_their_end_is_shown(systems):
     full = systems[2]
-    streaming = dataclasses.replace(full, memory=dataclasses.replace(full.memory, prompt_chunk=16))
+    streaming = full.with_memory(dataclasses.replace(full.memory, prompt_chunk=16))
     rng = np.random.default_rng(2)
     prompts = [rng.integers(5, 200, n).tolist() for n in (60, 9)]
     said = respond(streaming, prompts)
@@ -66,11 +67,11 @@ def test_prompts_longer_than_the_model_are_written_in_pieces_and_their_end_is_sh
     changed = respond(streaming, other)
     assert np.abs(said.confidence[0] - changed.confidence[0]).max() > 1e-3
     np.testing.assert_array_equal(said.confidence[1], changed.confidence[1])
-    without = dataclasses.replace(full, memory=None)
+    without = full.with_memory(None)
     for system in (full, without):
         with pytest.raises(ValueError, match=r"has 60 tokens; it must have at most 26 .*pieces"):
             respond(system, prompts)
-    too_long = dataclasses.replace(full, memory=dataclasses.replace(full.memory, prompt_chunk=40))
+    too_long = full.with_memory(dataclasses.replace(full.memory, prompt_chunk=40))
     with pytest.raises(ValueError, match=r"prompt_chunk=40 must be at most max_length=32"):
         respond(too_long, prompts)
 
@@ -122,8 +123,6 @@ def test_a_written_prompt_knows_nothing_behind_it(systems, denoiser):
     keys = jax.random.split(jax.random.key(0), 1)
     tokens = np.arange(5, 17)[None]
     valid = np.arange(12)[None] < 8
-    write = jax.jit(
-        lambda x: prompt_memory.write_prompts(keys, denoiser, full.memory, full.theta, x, valid)[0]
-    )
+    write = jax.jit(lambda x: write_prompts(keys, full.inner_loop, full.theta, x, valid)[0])
     for a, b in zip(*map(jax.tree.leaves, (write(tokens), write(tokens * valid))), strict=True):
         np.testing.assert_array_equal(a, b)

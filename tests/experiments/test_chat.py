@@ -22,9 +22,10 @@ from memdlm_jax.diffusion import decode
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation.animation import MASK, shown
 from memdlm_jax.evaluation.systems import System, prompt_ids, respond
-from memdlm_jax.memory import generation
+from memdlm_jax.inference import generation
+from memdlm_jax.inference.generation import Generator, Prompts
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.generation import Generator
+from memdlm_jax.memory.inner_loop import InnerStep, inner_loop_for
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,8 @@ def reply_to(config, text, memory=None):
     talking = quiet(config)
     tokenizer = talking.tokenizer
     ids = prompt_ids(tokenizer, Example(text, "?", "test", "test"), 10_000)
-    system = System("s", talking.denoiser, talking.theta, memory)
+    inner_loop = inner_loop_for(talking.denoiser, memory)
+    system = System("s", talking.denoiser, talking.theta, inner_loop)
     tokens = respond(
         system, [ids], talking.decode, seed=0, pad_token_id=tokenizer.pad_id,
         max_length=talking.max_length,
@@ -140,7 +142,7 @@ def test_memory_goes_on_and_off(talk):
 
 
 def test_losses_of_pieces_and_of_steps_left_out():
-    record = generation.InnerStep(
+    record = InnerStep(
         np.array([[[1.0], [2.0]], [[np.nan], [3.0]], [[np.nan], [np.nan]]]),
         loss_after=None,
         gradient_norm=None,
@@ -256,7 +258,7 @@ def test_the_record_of_what_was_watched_is_that_of_generate(model):
     answerer = _chat_model.Answerer(generator, talking.theta, None)
     decoded, phi, cost = answerer.answer(keys, prompt, prompt, pictures.append)
     assert phi is None and cost is None and len(pictures) == int(decoded.steps[0]) + 1
-    whole = generation.generate(generator, talking.theta, keys, *prompt, record=True)
+    whole = generation.generate(generator, talking.theta, Prompts(keys, *prompt), record=True)
     expected = decode.history(jax.device_get(whole), mask)
     np.testing.assert_array_equal(decode.history(decoded, mask), expected)
     assert (expected[-1, 0, 4:] == mask).all() and (expected[-1, 0, :4] != mask).all()

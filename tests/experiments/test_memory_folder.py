@@ -9,8 +9,8 @@ import pytest
 from experiments import _memory, evaluate, generate
 from experiments.configs import evaluate as evaluate_config
 from experiments.configs import generate as generate_config
-from memdlm_jax.memory import learned
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 
 MODEL = LLaDA(LLaDAConfig(20, 8, 2, 2, 1, 12, mask_token_id=1, max_length=16))
@@ -18,7 +18,7 @@ MEMORY = MemoryConfig(rank=3, layer_fraction=0.5, learned=("rates", "start"), cl
 
 
 def test_settings_and_parameters_come_back(tmp_path):
-    inner = learned.init(jax.random.key(0), MODEL, MEMORY)
+    inner = InnerLoop(MODEL, MEMORY).init_learned(jax.random.key(0))
     _memory.save(tmp_path, MEMORY, inner)
     assert _memory.settings(str(tmp_path), {}) == MEMORY
     found = _memory.inner_parameters(str(tmp_path), MODEL, MEMORY)
@@ -41,7 +41,7 @@ def test_a_folder_trained_without_memory_has_the_papers(tmp_path, caplog):
 
 
 def test_saving_removes_what_no_longer_holds(tmp_path):
-    _memory.save(tmp_path, MEMORY, learned.init(jax.random.key(0), MODEL, MEMORY))
+    _memory.save(tmp_path, MEMORY, InnerLoop(MODEL, MEMORY).init_learned(jax.random.key(0)))
     _memory.save(tmp_path, None, None)
     assert list(tmp_path.iterdir()) == []
 
@@ -49,7 +49,7 @@ def test_saving_removes_what_no_longer_holds(tmp_path):
 def test_missing_or_misshapen_parameters_are_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"inner_parameters\.safetensors is not there"):
         _memory.inner_parameters(str(tmp_path), MODEL, MEMORY)
-    _memory.save(tmp_path, MEMORY, learned.init(jax.random.key(0), MODEL, MEMORY))
+    _memory.save(tmp_path, MEMORY, InnerLoop(MODEL, MEMORY).init_learned(jax.random.key(0)))
     other = dataclasses.replace(MEMORY, rank=2)
     with pytest.raises(ValueError, match="start/mlp/up_proj: file has float32"):
         _memory.inner_parameters(str(tmp_path), MODEL, other)

@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.memory import fast_weights, meta_gradient
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.prompt_memory import write_prompt
+from memdlm_jax.memory.inner_loop import InnerLoop
+from memdlm_jax.memory.written import write_prompt
 from memdlm_jax.models import lora
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.quantize import quantized_tree
 from memdlm_jax.parameters import Partitioned, partition
+from memdlm_jax.training.step import step_keys
 from memdlm_jax.typing import Batch
 from tests.models.small import FAMILIES, TOKENS, small, theta_of
 
@@ -31,7 +34,7 @@ LITTLE = dataclasses.replace(CONFIG, steps=1, layer_fraction=0.3)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def write(model, config, theta, tokens=TOKENS, valid=BATCH.valid):
-    return write_prompt(jax.random.key(1), model, config, theta, tokens, valid)
+    return write_prompt(jax.random.key(1), InnerLoop(model, config), theta, tokens, valid)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -54,12 +57,13 @@ def test_the_prompt_is_learnt(family):
 
 def outer(model, config, theta, dtype=None):
     """Outer loss as a function of theta on drawn states."""
-    phi, *states = meta_gradient.draw(
-        jax.random.key(3), model, config, BATCH, LinearSchedule(0.5, "low_discrepancy")
-    )
+    schedule, loop = LinearSchedule(0.5, "low_discrepancy"), InnerLoop(model, config)
+    phi_key, anchor_key, *keys = step_keys(jax.random.key(3))
+    anchor = objective.draw_anchor(anchor_key, BATCH, model.mask_token_id, schedule)
+    phi, trajectory = loop.draw((phi_key, *keys), BATCH, anchor, schedule)
     if dtype:
         phi = jax.tree.map(lambda leaf: leaf.astype(dtype), phi)
-    return lambda theta: meta_gradient.outer_loss(model, config, theta, phi, BATCH, *states)[0]
+    return lambda theta: meta_gradient.outer_loss(loop, theta, None, phi, trajectory, anchor)[0]
 
 
 def test_training_with_memory_has_finite_gradients(family):

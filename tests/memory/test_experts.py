@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdlm_jax.diffusion.schedule import LinearSchedule
-from memdlm_jax.memory import meta_gradient
+from memdlm_jax.typing import EVERYTHING
 from tests.memory import tiny
 from tests.memory.tiny import ROWS, batch_of, settings
 
@@ -24,14 +23,14 @@ class Experts(tiny.Tiny):
         )
         return super().init(seed) | {"other": jnp.asarray(other) * 0.6}
 
-    def trunk(self, theta, tokens, valid=None, position_ids=None, *, split):
+    def trunk(self, theta, tokens, context=EVERYTHING, *, split):
         # The route travels in an extra feature that no layer changes.
         odd = (tokens % 2).astype(theta["up"].dtype)[..., None]
-        x = super().trunk(theta, tokens, valid, position_ids, split=0)
-        return self._run(theta, None, jnp.concatenate([x, odd], -1), valid, 0, split)
+        x = super().trunk(theta, tokens, context, split=0)
+        return self._run(theta, None, jnp.concatenate([x, odd], -1), context.attend, 0, split)
 
-    def head(self, theta, phi, hidden, valid=None, position_ids=None, *, split):
-        return self._run(theta, phi, hidden, valid, split, self.num_layers)[..., :-1]
+    def head(self, theta, phi, hidden, context=EVERYTHING, *, split):
+        return self._run(theta, phi, hidden, context.attend, split, self.num_layers)[..., :-1]
 
     def _run(self, theta, phi, x, valid, first, end):
         x, odd = x[..., :-1], x[..., -1:]
@@ -75,22 +74,19 @@ def test_an_expert_that_gets_no_token(mode, clip):
     batch = dataclasses.replace(batch_of(0), tokens=jnp.asarray(tokens))
     rate = 0.05 if clip == "none" else 0.1
     config = settings(mode, "example", clip=clip, learning_rate=rate)
-    phi, *states = meta_gradient.draw(
-        jax.random.key(1), model, config, batch, LinearSchedule(0.5, "low_discrepancy")
-    )
-    phi = jax.tree.map(lambda leaf: leaf.astype(float), phi)
+    given = tiny.draw(config, batch, model=model)
 
     @jax.jit
     def loss_and_gradient(theta):
         def loss(theta):
-            return meta_gradient.outer_loss(model, config, theta, phi, batch, *states)
+            return tiny.outer(config, theta, given, model=model)
 
         return jax.value_and_grad(loss, has_aux=True)(theta)
 
     (value, sums), gradient = loss_and_gradient(theta)
     assert np.isfinite(value) and not sums.inner.skipped.any()
     idle = sums.phi["mlp"]["other"]["delta"]
-    assert not idle.B.any() and (idle.A == phi["mlp"]["other"]["delta"].A).all()
+    assert not idle.B.any() and (idle.A == given.phi["mlp"]["other"]["delta"].A).all()
     assert not gradient["other"].any() and gradient["up"].any()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     if mode != "exact":

@@ -200,3 +200,28 @@ def test_groups_are_consecutive_rows_and_come_back():
 def test_group_norms_are_over_all_leaves_of_a_group():
     tree = {"a": jnp.array([[3.0, 0.0], [1.0, 2.0]]), "b": jnp.array([[[4.0]], [[2.0]]])}
     np.testing.assert_allclose(fast_weights.group_norms(tree), [5.0, 3.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_memory_is_described_by_what_it_changes(adapter):
+    config = MemoryConfig(
+        rank=2, alpha=4.0, layer_fraction=0.4, target_modules=("up_proj",), adapter=adapter
+    )
+    phi = fast_weights.init(jax.random.key(0), small("llada_moe"), config, 2)
+    nothing = fast_weights.describe(phi)
+    assert all((found["norm"] == 0).all() and (found["rank"] == 0).all()
+               for found in nothing.values())  # fmt: skip
+    noise = np.random.default_rng(0)
+    phi = jax.tree.map(lambda x: jnp.asarray(noise.normal(size=x.shape), x.dtype), phi)
+    described = fast_weights.describe(phi)
+    assert list(described) == ["mlp/experts/up_proj"]
+    delta = phi["mlp"]["experts"]["up_proj"]["delta"]
+    assert isinstance(delta, fast_weights.LowRank if adapter == "lora" else fast_weights.Dense)
+    change = delta.scale * delta.A @ delta.B if adapter == "lora" else delta.W
+    singular = np.linalg.svd(np.asarray(change, np.float64), compute_uv=False)
+    p = singular**2 / (singular**2).sum(-1, keepdims=True)
+    entropy = -(p * np.log(np.maximum(p, 1e-30))).sum(-1)
+    found = described["mlp/experts/up_proj"]
+    assert found["norm"].shape == (2, 2, 6)
+    np.testing.assert_allclose(found["norm"], np.sqrt((singular**2).sum(-1)), rtol=1e-4)
+    np.testing.assert_allclose(found["rank"], np.exp(entropy), rtol=1e-3)

@@ -9,7 +9,8 @@ import pytest
 from memdlm_jax.diffusion import objective
 from memdlm_jax.memory import fast_weights, inner_loop
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.inner_loop import adapt, clip_local, reverse_gradient
+from memdlm_jax.memory.inner_loop import clip_local, clipped_sgd, fold
+from memdlm_jax.memory.meta_gradient import forward_over_reverse_gradient, reverse_gradient
 
 GROUPS, STACK, BOUND = 3, 2, 6.0
 
@@ -39,11 +40,11 @@ STATES = [{"x": normal(3 + k, GROUPS, 5, 4), "y": normal(9 + k, GROUPS, 5, 4)} f
 
 @pytest.fixture(scope="module")
 def run():
-    """``adapt`` on the toy problem under one optimiser, compiled."""
+    """``fold`` on the toy problem under one optimiser, compiled."""
 
     def with_optimizer(optimizer, loss=toy_loss):
         def both(theta, phi, states):
-            return adapt(reverse_gradient(loss), theta, phi, states, optimizer)
+            return fold(reverse_gradient(loss), theta, phi, states, optimizer)
 
         return jax.jit(both)
 
@@ -51,8 +52,8 @@ def run():
 
 
 @pytest.fixture(scope="module")
-def clipped_sgd(run):
-    return run(inner_loop.inner_optimizer(MemoryConfig(clip_norm=BOUND, learning_rate=0.1)))
+def sgd(run):
+    return run(clipped_sgd(MemoryConfig(clip_norm=BOUND, learning_rate=0.1)))
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +101,12 @@ class TestClipping:
         np.testing.assert_allclose(gradient[1], expected, rtol=1e-9, atol=1e-12)
 
     def test_none_is_plain_sgd(self):
-        optimizer = inner_loop.inner_optimizer(MemoryConfig(clip="none", learning_rate=0.5))
+        optimizer = clipped_sgd(MemoryConfig(clip="none", learning_rate=0.5))
         g = jnp.full((2, 2), 100.0)
         np.testing.assert_array_equal(optimizer.update(g, optimizer.init(g))[0], -0.5 * g)
 
     def test_global_is_one_factor_for_all_matrices(self):
-        optimizer = inner_loop.inner_optimizer(
-            MemoryConfig(clip="global", clip_norm=2.0, learning_rate=0.5)
-        )
+        optimizer = clipped_sgd(MemoryConfig(clip="global", clip_norm=2.0, learning_rate=0.5))
         grads = {"a": jnp.full((2, 1, 2), 3.0), "b": jnp.full((2, 2, 1), 4.0)}
         norm = np.sqrt(4 * 9 + 4 * 16)
         updates, _ = optimizer.update(grads, optimizer.init(grads))
@@ -131,7 +130,7 @@ class TestClipping:
     def test_learned_rates_are_per_matrix_and_layer(self):
         config = MemoryConfig(clip="none", learning_rate=0.5)
         rates = {"a": jnp.array([0.1, 0.2]), "b": jnp.array([3.0, 0.0])}
-        optimizer = inner_loop.inner_optimizer(config, rates)
+        optimizer = clipped_sgd(config, rates)
         grads = {"a": jnp.ones((2, 4, 3)), "b": jnp.ones((2, 3, 4))}
         updates, _ = optimizer.update(grads, optimizer.init(grads))
         for name, rate in rates.items():
@@ -139,9 +138,9 @@ class TestClipping:
             np.testing.assert_array_equal(updates[name], expected)
 
 
-class TestAdapt:
-    def test_equals_sgd_in_a_python_loop(self, clipped_sgd):
-        phi, record = clipped_sgd(THETA, PHI, STATES)
+class TestFold:
+    def test_equals_sgd_in_a_python_loop(self, sgd):
+        phi, record = sgd(THETA, PHI, STATES)
         gradient = jax.jit(jax.value_and_grad(toy_loss, 1))
         exceeds = []
         for g in range(GROUPS):
@@ -160,15 +159,15 @@ class TestAdapt:
         assert any(exceeds) and not all(exceeds)
         assert record.skipped.shape == (3, GROUPS) and not record.skipped.any()
 
-    def test_a_step_that_is_not_finite_is_skipped_for_its_group_alone(self, clipped_sgd):
+    def test_a_step_that_is_not_finite_is_skipped_for_its_group_alone(self, sgd):
         spoilt = [dict(state) for state in STATES]
         spoilt[1]["x"] = STATES[1]["x"].copy()
         spoilt[1]["x"][1, 0, 0] = np.nan
-        phi, record = clipped_sgd(THETA, PHI, spoilt)
+        phi, record = sgd(THETA, PHI, spoilt)
         expected = np.zeros((3, GROUPS), bool)
         expected[1, 1] = True
         np.testing.assert_array_equal(record.skipped, expected)
-        whole, _ = clipped_sgd(THETA, PHI, STATES)
+        whole, _ = sgd(THETA, PHI, STATES)
         for name, leaf in phi.items():
             assert np.isfinite(leaf).all()
             same = (leaf == whole[name]).all((1, 2, 3))
@@ -191,9 +190,9 @@ class TestAdapt:
             for name, leaf in alone.items():
                 np.testing.assert_allclose(phi[name][g], leaf, rtol=1e-9)
 
-    def test_theta_is_read_only_and_states_are_walked_in_order(self, clipped_sgd):
-        forward, _ = clipped_sgd(THETA, PHI, STATES)
-        backward, _ = clipped_sgd(THETA, PHI, STATES[::-1])
+    def test_theta_is_read_only_and_states_are_walked_in_order(self, sgd):
+        forward, _ = sgd(THETA, PHI, STATES)
+        backward, _ = sgd(THETA, PHI, STATES[::-1])
         assert np.abs(forward["a"] - backward["a"]).max() > 1e-3
 
 
@@ -224,7 +223,7 @@ def test_how_to_bring_your_own_loss_and_optimiser():
     theta, points = jnp.array([1.0, -1.0]), normal(0, 5, 8, 2)
     phi = {"bias": jnp.zeros((5, 2))}
     optimizer = optax.sgd(0.5, momentum=0.1)
-    phi, record = adapt(reverse_gradient(loss), theta, phi, [points] * 8, optimizer)
+    phi, record = fold(reverse_gradient(loss), theta, phi, [points] * 8, optimizer)
 
     np.testing.assert_allclose(theta + phi["bias"], points.mean(1), atol=1e-3)
     assert (record.loss[-1] < record.loss[0]).all()
@@ -240,7 +239,9 @@ def head_problem():
         seen = jax.nn.softmax(jnp.where(valid[:, None], scores, -1e30)) @ hidden
         w1, w2 = (theta[name] + phi["a"][i] @ phi["b"][i] for i, name in enumerate(("w1", "w2")))
         last = hidden + jnp.tanh(seen @ w1) @ w2
-        return objective.diffusion_loss(lambda h: h @ theta["out"], last, targets, weight)
+        last = jnp.take_along_axis(last, targets.positions[..., None], axis=1)
+        losses = objective.token_losses(last @ theta["out"], targets)
+        return objective.weighted_sum(losses, targets, weight)
 
     shapes = {"qk": (6, 6), "w1": (6, 6), "w2": (6, 6), "out": (6, 9)}
     theta = {name: normal(i, *shape) / 2 for i, (name, shape) in enumerate(shapes.items())}
@@ -275,7 +276,7 @@ def test_forward_over_reverse_equals_reverse_over_reverse(head_problem):
         jax.jit(lambda *given, rule=rule: pull_back(rule, loss, *given))(
             theta, phi, state, cotangents
         )
-        for rule in (inner_loop.forward_over_reverse_gradient, reverse_gradient)
+        for rule in (forward_over_reverse_gradient, reverse_gradient)
     )
     assert jax.tree.structure(ours) == jax.tree.structure(oracle)
     for path, leaf in jax.tree.leaves_with_path(oracle):
@@ -296,7 +297,7 @@ def test_rule_sums_the_incoming_cotangent_over_devices():
     on_losses = normal(21, GROUPS, 1)
 
     def on_device(state, v, on_loss):
-        rule = inner_loop.forward_over_reverse_gradient(toy_loss, "devices")
+        rule = forward_over_reverse_gradient(toy_loss, "devices")
         state = {name: x[None] for name, x in state.items()}
         outputs, pull = jax.vjp(rule, THETA, phi, state)
         return outputs, pull((on_loss, v))[:2]

@@ -8,7 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from memdlm_jax.memory import fast_weights, learned, meta_gradient, prompt_memory
+from memdlm_jax.diffusion import objective
+from memdlm_jax.memory import fast_weights
+from memdlm_jax.memory.inner_loop import (
+    InnerLoop,
+    InnerParameters,
+    join_learned,
+    split_learned,
+)
+from memdlm_jax.memory.written import write_prompt
+from memdlm_jax.typing import Context
 from tests.memory import tiny
 from tests.memory.tiny import MODEL, assert_close, batch_of, draw, settings
 
@@ -21,29 +30,40 @@ pytestmark = pytest.mark.usefixtures("wide")
 def parameters(config, seed=5):
     """Inner parameters in float64, moved off their start."""
     rng = np.random.default_rng(seed)
-    inner = learned.init(jax.random.key(3), MODEL, config)
+    inner = InnerLoop(MODEL, config).init_learned(jax.random.key(3))
     return jax.tree.map(lambda leaf: leaf.astype(float) + 0.1 * rng.normal(size=leaf.shape), inner)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def outer(config, given, theta, inner):
     """The outer loss with inner parameters."""
-    return meta_gradient.outer_loss(MODEL, config, theta, *given, inner=inner)[0]
+    phi = started(config, given.phi, inner)
+    return tiny.outer(config, theta, given._replace(phi=phi), inner)[0]
+
+
+def started(config, phi, inner):
+    """Phi_0 with the learned start, in phi's dtype."""
+    if inner is None or inner.start is None:
+        return phi
+    groups = fast_weights.number_of_groups(phi)
+    fresh = InnerLoop(MODEL, config).start(jax.random.key(0), groups, inner)
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), fresh, phi)
 
 
 def test_off_by_default():
-    assert learned.init(jax.random.key(0), MODEL, settings("exact", "example")) is None
+    assert InnerLoop(MODEL, settings("exact", "example")).init_learned(jax.random.key(0)) is None
     theta = {"a": jnp.ones(2)}
-    assert learned.join(theta, None) is theta
-    assert learned.split(theta) == (theta, None)
+    assert join_learned(theta, None) is theta
+    assert split_learned(theta) == (theta, None)
 
 
 @pytest.mark.parametrize("parts", [("rates",), ("start",), BOTH])
 def test_what_is_learned_is_what_the_config_names(parts):
-    inner = learned.init(jax.random.key(0), MODEL, settings("exact", "example", learned=parts))
+    loop = InnerLoop(MODEL, settings("exact", "example", learned=parts))
+    inner = loop.init_learned(jax.random.key(0))
     assert (inner.log_rates is not None) == ("rates" in parts)
     assert (inner.start is not None) == ("start" in parts)
-    theta, again = learned.split(learned.join({"a": 1}, inner))
+    theta, again = split_learned(join_learned({"a": 1}, inner))
     assert theta == {"a": 1} and again is inner
 
 
@@ -51,13 +71,14 @@ def test_what_is_learned_is_what_the_config_names(parts):
 def test_starts_at_the_fixed_inner_loop(theta, adapter):
     """Rates equal to the config's, and the start one draw of phi_0: the same loss."""
     config = settings("exact", "example", learned=BOTH, adapter=adapter)
-    phi, *rest = draw(config, batch_of(0))
-    inner = learned.init(jax.random.key(7), MODEL, config)
+    given = draw(config, batch_of(0))
+    inner = InnerLoop(MODEL, config).init_learned(jax.random.key(7))
     drawn = fast_weights.init(jax.random.key(7), MODEL, config, tiny.ROWS)
     inner = jax.tree.map(lambda leaf: leaf.astype(float), inner)
     fixed = jax.tree.map(lambda leaf: leaf.astype(float), drawn)
-    loss = outer(config, (phi, *rest), theta, inner)
-    expected = outer(settings("exact", "example", adapter=adapter), (fixed, *rest), theta, None)
+    loss = outer(config, given, theta, inner)
+    plain = settings("exact", "example", adapter=adapter)
+    expected = outer(plain, given._replace(phi=fixed), theta, None)
     assert float(loss) == pytest.approx(float(expected), rel=1e-7)  # exp(log(rate)) in float32
 
 
@@ -92,7 +113,8 @@ def test_first_order_takes_inner_gradients_for_constants(theta):
     @jax.jit
     def found_and_sums(theta, inner):
         def loss(inner):
-            return meta_gradient.outer_loss(MODEL, config, theta, *given, inner=inner)
+            phi = started(config, given.phi, inner)
+            return tiny.outer(config, theta, given._replace(phi=phi), inner)
 
         return jax.grad(loss, has_aux=True)(inner)
 
@@ -102,11 +124,13 @@ def test_first_order_takes_inner_gradients_for_constants(theta):
     @jax.jit
     @jax.grad
     def gradient_of_phi(phi):
-        hidden = MODEL.trunk(theta, anchor.tokens, batch.valid, split=1)
-        return meta_gradient.anchor_loss(MODEL, theta, phi, hidden, batch.valid, anchor, split=1)
+        context, at = Context(batch.valid), anchor.state.targets.positions
+        hidden = MODEL.trunk(theta, anchor.state.tokens, context, split=1)
+        last = fast_weights.head_with_memory(MODEL, theta, phi, hidden, context, split=1, at=at)
+        return objective.state_loss(MODEL, theta, last, anchor.state)
 
     of_phi = gradient_of_phi(sums.phi)
-    start = learned.started(inner, given[0])
+    start = started(config, given.phi, inner)
     moved = jax.tree.map(lambda a, b: (a - b)[0], sums.phi, start)  # -rate * sum of gradients
     expected = jax.tree.map(lambda g, m: jnp.sum(g[0] * m, axis=(1, 2)), of_phi, moved)
     assert_close(found.log_rates, expected, 1e-9)
@@ -140,12 +164,10 @@ def test_prompts_are_written_with_the_learned_inner_loop(theta):
 
     def write(inner, rate=None):
         used = config if rate is None else settings("exact", "example", learning_rate=rate)
-        phi, _ = prompt_memory.write_prompt(
-            jax.random.key(0), MODEL, used, theta, tokens, valid, inner=inner
-        )
-        return phi
+        loop = InnerLoop(MODEL, used)
+        return write_prompt(jax.random.key(0), loop, theta, tokens, valid, inner)[0]
 
-    still = learned.InnerParameters(
+    still = InnerParameters(
         jax.tree.map(lambda leaf: jnp.full_like(leaf, -100.0), inner.log_rates), inner.start
     )
     phi = write(still)
@@ -157,20 +179,11 @@ def test_prompts_are_written_with_the_learned_inner_loop(theta):
     assert np.abs(moved).max() > 1e-4
 
 
-def test_learned_rates_refuse_another_optimiser(theta):
-    config = settings("exact", "example", learned=("rates",))
-    given, inner = draw(config, batch_of(0)), parameters(config)
-    with pytest.raises(ValueError, match="learned has 'rates', but another inner optimiser"):
-        meta_gradient.outer_loss(
-            MODEL, config, theta, *given, inner=inner, inner_optimizer=optax.adam(0.1)
-        )
-
-
 def test_a_wrong_start_is_not_broadcast(theta):
     del theta
     config = settings("exact", "example", learned=("start",))
-    phi = draw(config, batch_of(0))[0]
-    wider = learned.init(jax.random.key(0), MODEL, settings("exact", "example", learned=BOTH))
-    bad = learned.InnerParameters(start={k: leaf[:, :-1] for k, leaf in wider.start.items()})
+    loop = InnerLoop(MODEL, config)
+    wider = loop.init_learned(jax.random.key(0))
+    bad = InnerParameters(start={k: leaf[:, :-1] for k, leaf in wider.start.items()})
     with pytest.raises(ValueError, match="broadcast"):
-        learned.started(bad, phi)
+        loop.start(jax.random.key(0), 2, bad)

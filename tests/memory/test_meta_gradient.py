@@ -12,8 +12,10 @@ from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.memory import fast_weights, inner_loop, meta_gradient
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
-from memdlm_jax.typing import Denoiser
+from memdlm_jax.training.step import step_keys
+from memdlm_jax.typing import Context, Denoiser
 from tests.memory.tiny import (
     LENGTH,
     MODEL,
@@ -49,13 +51,13 @@ def test_tiny_answers_the_protocol():
 
 def loss_at(theta, memory, hidden, batch, state):
     """Weighted sum of -log p over the targets of a state, memory without group axis."""
-    last = MODEL.head(theta, memory, hidden, batch.valid, split=1)
-    readout = functools.partial(MODEL.readout, theta)
-    return objective.diffusion_loss(readout, last, state.targets, state.weight)
+    last = MODEL.head(theta, memory, hidden, Context(batch.valid), split=1)
+    last = jnp.take_along_axis(last, state.targets.positions[..., None], axis=1)
+    return objective.state_loss(MODEL, theta, last, state)
 
 
 def trunk(theta, batch, state):
-    return MODEL.trunk(theta, state.tokens, batch.valid, split=1)
+    return MODEL.trunk(theta, state.tokens, Context(batch.valid), split=1)
 
 
 def slope(loss, theta, direction, h=1e-4):
@@ -90,7 +92,7 @@ class TestOracles:
 
         def oracle(theta):
             constant = jax.lax.stop_gradient(memory)
-            return loss_at(theta, constant, trunk(theta, batch, anchor), batch, anchor)
+            return loss_at(theta, constant, trunk(theta, batch, anchor.state), batch, anchor.state)
 
         loss, expected = jax.jit(jax.value_and_grad(oracle))(theta)
         assert float(sums.memory_on) == pytest.approx(float(loss), rel=1e-13)
@@ -102,7 +104,7 @@ class TestOracles:
         (_, sums), gradient = run(config, theta, shared)
         phi, batch, anchor, states = shared
         hiddens = [trunk(theta, batch, state) for state in states.states]
-        optimizer = inner_loop.inner_optimizer(config)
+        optimizer = inner_loop.clipped_sgd(config)
 
         @jax.jit
         def oracle(theta):
@@ -111,7 +113,7 @@ class TestOracles:
                 grads = jax.grad(loss_at, 1)(theta, memory, hidden, batch, state)
                 updates, _ = optimizer.update(grads, optimizer.init(memory))
                 memory = jax.tree.map(jnp.add, memory, updates)
-            return loss_at(theta, memory, trunk(theta, batch, anchor), batch, anchor)
+            return loss_at(theta, memory, trunk(theta, batch, anchor.state), batch, anchor.state)
 
         assert float(sums.memory_on) == pytest.approx(float(oracle(theta)), rel=1e-13)
         for seed in range(3):
@@ -155,14 +157,12 @@ class TestMemoryOff:
         (_, on), gradient = run(config, theta, shared, report=True)
         (_, off), without = run(config, theta, shared, report=False)
         _, batch, anchor, _ = shared
-        plain, sums = jax.jit(functools.partial(meta_gradient.plain_loss, MODEL))(
-            theta, batch, anchor
-        )
-        hidden = trunk(theta, batch, anchor)
-        assert float(plain) == pytest.approx(float(loss_at(theta, None, hidden, batch, anchor)))
+        plain = jax.jit(functools.partial(objective.mdlm_loss, MODEL))(theta, anchor)
+        hidden = trunk(theta, batch, anchor.state)
+        expected = loss_at(theta, None, hidden, batch, anchor.state)
+        assert float(plain) == pytest.approx(float(expected))
         assert float(on.memory_off) == pytest.approx(float(plain), rel=1e-13)
-        assert float(sums.memory_on) == float(sums.memory_off) == float(plain)
-        assert int(sums.maskable) == int(on.maskable) == int(batch.maskable.sum())
+        np.testing.assert_array_equal(anchor.maskable, batch.maskable.sum(-1))
         assert np.isnan(off.memory_off)
         assert float(on.memory_on) == float(off.memory_on)
         assert_close(without, gradient, 0.0)
@@ -262,9 +262,13 @@ def test_bfloat16_base_keeps_float32_memory():
 
     @jax.jit
     def pulse(theta, batch, report):
-        drawn = meta_gradient.draw(jax.random.key(0), model, config, batch, LinearSchedule(1.0))
+        anchor = objective.draw_anchor(
+            jax.random.key(0), batch, model.mask_token_id, LinearSchedule(1.0)
+        )
+        loop, keys = InnerLoop(model, config), jax.random.split(jax.random.key(1))
+        phi, trajectory = loop.draw((*keys, None), batch, anchor, LinearSchedule(1.0))
         return meta_gradient.outer_loss(
-            model, config, theta, drawn[0], batch, *drawn[1:], with_memory_off=report
+            loop, theta, None, phi, trajectory, anchor, with_memory_off=report
         )
 
     with jax.enable_x64(False):
@@ -283,7 +287,7 @@ class TestDraw:
     def test_the_trajectory_ends_at_the_anchor_from_two_steps_on(self, shared):
         _, batch, anchor, states = shared
         assert states.ends_at_anchor and len(states.states) == 2
-        np.testing.assert_array_equal(states.states[-1].tokens, anchor.tokens)
+        np.testing.assert_array_equal(states.states[-1].tokens, anchor.state.tokens)
         single = draw(settings("exact", "global", steps=1), batch)[3]
         assert not single.ends_at_anchor and len(single.states) == 1
 
@@ -297,24 +301,26 @@ class TestDraw:
             whole = np.asarray(all_in_one.weight) * counts.sum()
             np.testing.assert_allclose(mine.weight * counts, whole, rtol=1e-6)
 
-    def test_corrupt_takes_the_schedules_place(self):
+    def test_a_forward_process_of_ones_own_replaces_the_schedule(self):
         batch, config = batch_of(0), settings("exact", "example")
         wanted = batch.maskable & (jnp.arange(LENGTH) % 2 == 0)
 
         def corrupt(key, batch):
             return wanted, jnp.arange(4.0)
 
-        _, anchor, states = meta_gradient.draw(
-            jax.random.key(0), MODEL, config, batch, LinearSchedule(), capacity=5, corrupt=corrupt
+        anchor = objective.draw_anchor(
+            jax.random.key(0), batch, MODEL.mask_token_id, corrupt, capacity=5
         )
-        np.testing.assert_array_equal(anchor.tokens == MODEL.mask_token_id, wanted)
-        assert anchor.weight.tolist() == [0, 1, 2, 3]
-        assert anchor.targets.positions.shape == (4, 5)
+        keys = jax.random.split(jax.random.key(1))
+        _, states = InnerLoop(MODEL, config).draw((*keys, None), batch, anchor, LinearSchedule())
+        np.testing.assert_array_equal(anchor.state.tokens == MODEL.mask_token_id, wanted)
+        assert anchor.state.weight.tolist() == [0, 1, 2, 3]
+        assert anchor.state.targets.positions.shape == (4, 5)
         assert all(state.targets.positions.shape == (4, 5) for state in states.states)
 
     def test_devices_share_phi_and_draw_masks_apart(self):
         key = jax.random.key(0)
-        keys = jax.vmap(lambda _: meta_gradient.step_keys(key, "d"), axis_name="d")(jnp.arange(3))
+        keys = jax.vmap(lambda _: step_keys(key, "d"), axis_name="d")(jnp.arange(3))
         phi, *others = (np.asarray(jax.random.key_data(k)) for k in keys)
         assert len(np.unique(phi, axis=0)) == 1 and len(others) == 3
         assert len(np.unique(np.concatenate([phi, *others]), axis=0)) == 10

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 
 from memdlm_jax.evaluation import parity
-from memdlm_jax.memory import meta_gradient, trajectory
-from tests.memory.tiny import MODEL, ROWS, assert_close, batch_of, draw, run, settings
+from memdlm_jax.memory import trajectory
+from memdlm_jax.memory.inner_loop import InnerLoop
+from memdlm_jax.memory.meta_gradient import outer_loss
+from tests.memory import tiny
+from tests.memory.tiny import MODEL, ROWS, Given, assert_close, batch_of, draw, run, settings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -48,13 +51,12 @@ class TestOwnMemoryOfEveryRow:
             assert_close(alone.inner.loss[:, 0], sums.inner.loss[:, i], 1e-12)
             phi_in_batch = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], sums.phi)
             assert_close(alone.phi, phi_in_batch, 1e-12)
-        maskable = [int(alone.maskable) for (_, alone), _ in parts]
+        maskable = own.anchor.maskable.tolist()
         per_token = [
             float(row_loss) / m for ((row_loss, _), _), m in zip(parts, maskable, strict=True)
         ]
         combined = np.dot(per_token, maskable) / sum(maskable)
-        assert int(sums.maskable) == sum(maskable)
-        assert float(loss) / int(sums.maskable) == pytest.approx(combined, rel=1e-13)
+        assert float(loss) / sum(maskable) == pytest.approx(combined, rel=1e-13)
         total = jax.tree.map(lambda *leaves: sum(leaves), *(g for _, g in parts))
         assert_close(gradient, total, 1e-12)
 
@@ -93,13 +95,10 @@ class TestOwnMemoryOfEveryRow:
         states = dataclasses.replace(states, states=tuple(rescaled))
         phi = parity.fast_weights_of(together, "fast/0")
         phi = jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=0), phi)
-        outer_loss = functools.partial(
-            meta_gradient.outer_loss, parity.denoiser_of(together), config
+        loop = InnerLoop(parity.denoiser_of(together), config)
+        loss, sums = jax.jit(functools.partial(outer_loss, loop))(
+            parity.theta_of(together), None, phi, states, parity.anchor_of(together)
         )
-        loss, sums = jax.jit(outer_loss)(
-            parity.theta_of(together), phi, parity.clean_batch(together),
-            parity.outer_state(together), states,
-        )  # fmt: skip
         assert float(loss) == pytest.approx(7.269143, abs=5e-7)
         losses = sums.inner.loss[:, 0], alone.arrays["inner_loss"]
         first_row = jax.tree.leaves(jax.tree.map(lambda leaf: leaf[:1], sums.phi))
@@ -150,20 +149,17 @@ def on_two_devices(folder):
         on_device = jax.pmap(
             functools.partial(share_of_a_device, settings(mode, "global")),
             "devices",
-            in_axes=(None, None, 0, 0, 0),
+            in_axes=(None, Given(None, 0, 0, 0)),
         )
-        (loss, sums), gradient = on_device(MODEL.init(0), phi, *halves)
+        (loss, sums), gradient = on_device(MODEL.init(0), Given(phi, *halves))
         found |= {f"{mode}/loss": loss, f"{mode}/inner": sums.inner.loss}
         found |= {f"{mode}/phi{i}": x for i, x in enumerate(jax.tree.leaves(sums.phi))}
         found |= {f"{mode}/gradient_{name}": g for name, g in gradient.items()}
     np.savez(Path(folder, "found.npz"), **found)
 
 
-def share_of_a_device(config, theta, phi, batch, anchor, states):
+def share_of_a_device(config, theta, given):
     def loss(theta):
-        return meta_gradient.outer_loss(
-            MODEL, config, theta, phi, batch, anchor, states,
-            with_memory_off=False, axis_name="devices",
-        )  # fmt: skip
+        return tiny.outer(config, theta, given, with_memory_off=False, axis_name="devices")
 
     return jax.value_and_grad(loss, has_aux=True)(theta)

@@ -12,16 +12,16 @@ import numpy as np
 import optax
 import pytest
 
-from memdlm_jax.memory import inner_loop
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.trajectory import Trajectory
+from memdlm_jax.memory.inner_loop import clipped_sgd, fold
+from memdlm_jax.memory.meta_gradient import forward_over_reverse_gradient, reverse_gradient
 from tests.memory import tiny
 from tests.memory.test_inner_loop import GROUPS, PHI, STATES, THETA, normal, toy_loss
 
 BAD_GROUP = 1
 WEIGHTS = {name: normal(30 + i, *leaf.shape) for i, (name, leaf) in enumerate(PHI.items())}
 OPTIMIZERS = {
-    "clipped_sgd": inner_loop.inner_optimizer(MemoryConfig(clip_norm=6.0, learning_rate=0.1)),
+    "clipped_sgd": clipped_sgd(MemoryConfig(clip_norm=6.0, learning_rate=0.1)),
     "adam": optax.adam(0.05),
 }
 # What spoils a step: a NaN that comes in, a loss that overflows from finite numbers, and a finite
@@ -57,7 +57,7 @@ def compiled(rule, name):
     """Score of phi_K and record, with the gradient in theta and phi_0, under one optimiser."""
 
     def outer(theta, phi, states, weights):
-        adapted, record = inner_loop.adapt(rule(toy_loss), theta, phi, states, OPTIMIZERS[name])
+        adapted, record = fold(rule(toy_loss), theta, phi, states, OPTIMIZERS[name])
         return score(adapted, weights), record
 
     return jax.jit(jax.value_and_grad(outer, (0, 1), has_aux=True))
@@ -78,7 +78,7 @@ def without_the_step(step, optimizer):
         own = lambda tree, g=g: {name: leaf[g : g + 1] for name, leaf in tree.items()}  # noqa: E731
         states = [own(state) for state in kept]
         _, (theta, phi) = gradients(
-            inner_loop.reverse_gradient, THETA, own(PHI), states, own(WEIGHTS), optimizer
+            reverse_gradient, THETA, own(PHI), states, own(WEIGHTS), optimizer
         )
         of_theta = jax.tree.map(np.add, of_theta, theta)
         for name, leaf in phi.items():
@@ -91,7 +91,7 @@ def without_the_step(step, optimizer):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_exact_gradient_is_that_without_the_step(name, step, kind):
     record, ours = gradients(
-        inner_loop.forward_over_reverse_gradient,
+        forward_over_reverse_gradient,
         THETA, PHI, spoilt(step, kind), WEIGHTS, name,
     )  # fmt: skip
     expected = np.zeros((len(STATES), GROUPS), bool)
@@ -102,16 +102,16 @@ def test_exact_gradient_is_that_without_the_step(name, step, kind):
 
 @pytest.mark.parametrize("kind", SPOILS)
 def test_rule_takes_a_group_that_is_not_finite_for_a_constant(kind):
-    """Used without ``adapt``: cotangents that do arrive at such a group are not passed on."""
+    """Used without ``fold``: cotangents that do arrive at such a group are not passed on."""
     cotangents = normal(40, GROUPS), {n: normal(41, *leaf.shape) for n, leaf in PHI.items()}
-    rule = inner_loop.forward_over_reverse_gradient(toy_loss)
+    rule = forward_over_reverse_gradient(toy_loss)
     state = spoilt(0, kind)[0]
     theta, phi, states = jax.jit(lambda c: jax.vjp(rule, THETA, PHI, state)[1](c))(cotangents)
     good = np.arange(GROUPS) != BAD_GROUP
     kept, silent = (jax.tree.map(lambda x, g=g: x[g], cotangents) for g in (good, ~good))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(silent))
     of_good = jax.tree.map(lambda x: x[good], (PHI, STATES[0]))
-    oracle = inner_loop.reverse_gradient(toy_loss)
+    oracle = reverse_gradient(toy_loss)
     expected = jax.jit(lambda c: jax.vjp(oracle, THETA, *of_good)[1](c))(kept)
     ours = (theta, *jax.tree.map(lambda x: x[good], (phi, states)))
     tiny.assert_close(ours, expected, 1e-11)
@@ -123,7 +123,7 @@ def test_every_step_skipped_gives_no_gradient_to_theta():
     """phi_K is phi_0: nothing of theta went into it, and phi_0 passes through unchanged."""
     states = [{"x": s["x"], "y": np.full_like(s["y"], np.nan)} for s in STATES]
     record, (theta, phi) = gradients(
-        inner_loop.forward_over_reverse_gradient,
+        forward_over_reverse_gradient,
         THETA, PHI, states, WEIGHTS, "clipped_sgd",
     )  # fmt: skip
     assert record.skipped.all()
@@ -139,9 +139,9 @@ def test_a_bad_share_of_one_device_skips_the_step_on_all_of_them():
 
     def on_device(states, with_all):
         def outer(theta, phi):
-            rule = inner_loop.forward_over_reverse_gradient(toy_loss, "devices")
+            rule = forward_over_reverse_gradient(toy_loss, "devices")
             sgd = OPTIMIZERS["clipped_sgd"]
-            adapted, record = inner_loop.adapt(rule, theta, phi, states, sgd)
+            adapted, record = fold(rule, theta, phi, states, sgd)
             return score(adapted, weights) * with_all, record
 
         return jax.grad(outer, (0, 1), has_aux=True)(THETA, phi)
@@ -157,8 +157,8 @@ def test_a_bad_share_of_one_device_skips_the_step_on_all_of_them():
 
     def outer(theta):
         kept = [{n: x[None] for n, x in STATES[k].items()} for k in (0, 2)]
-        rule = inner_loop.reverse_gradient(one_memory)
-        adapted, _ = inner_loop.adapt(rule, theta, phi, kept, OPTIMIZERS["clipped_sgd"])
+        rule = reverse_gradient(one_memory)
+        adapted, _ = fold(rule, theta, phi, kept, OPTIMIZERS["clipped_sgd"])
         return score(adapted, weights)
 
     expected = jax.jit(jax.grad(outer))(THETA)
@@ -181,8 +181,8 @@ def test_outer_gradient_of_a_batch_with_a_skipped_row(mode, weight):
     total, expected = 0.0, jax.tree.map(jnp.zeros_like, theta)
     is_bad = np.arange(tiny.ROWS) == BAD_GROUP
     for counted, states in ((~is_bad, (first, last)), (is_bad, (last,))):
-        chosen = anchor.replace(weight=anchor.weight * counted)
-        part = phi, batch, chosen, Trajectory(states, ends_at_anchor=True)
+        state = anchor.state.replace(weight=anchor.state.weight * counted)
+        part = phi, batch, anchor.replace(state=state), trajectory.replace(states=states)
         (own, _), of_part = tiny.run(config, theta, part)
         total, expected = total + own, jax.tree.map(jnp.add, expected, of_part)
     np.testing.assert_allclose(loss, total, rtol=1e-12)

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memdlm_jax.diffusion import objective
+from memdlm_jax.diffusion.objective import Anchor
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.memory import trajectory
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.typing import Batch
+from memdlm_jax.memory.trajectory import Rows
+from memdlm_jax.typing import Batch, Context
 
 LENGTH, MASK_ID = 42, 63
 PAIRS = [(m, n) for m in range(41) for n in range(m + 1)]
@@ -117,9 +120,14 @@ def drawn(batch, groups=4, share=0.4, weight=None, seed=0, **settings):
     anchor = jnp.asarray(np.asarray(batch.maskable) & (rng.random(batch.maskable.shape) < share))
     weight = jnp.ones(4) if weight is None else weight
     config = MemoryConfig(**settings)
-    key = jax.random.key(seed)
-    found = trajectory.draw(key, config, batch, anchor, weight, MASK_ID, groups)
-    return found, np.asarray(anchor)
+    rows = rows_of(config, batch, anchor, weight)
+    return trajectory.draw(jax.random.key(seed), config, rows, groups), np.asarray(anchor)
+
+
+def rows_of(config, batch, mask, weight):
+    """What is written where the outer loss masks the same rows with ``mask``."""
+    anchor = Anchor(None, Context(batch.valid), batch.maskable.sum(-1), mask, weight)
+    return trajectory.rows_of_anchor(batch, anchor, config, MASK_ID, LinearSchedule())
 
 
 def masks_of(found):
@@ -210,7 +218,8 @@ class TestStrategies:
         @jax.jit
         @jax.vmap
         def many(key):
-            return jnp.stack(trajectory.draw_masks(key, config, maskable, maskable, None)[0])[:, 0]
+            rows = Rows(None, maskable, maskable, None, None, MASK_ID)
+            return jnp.stack(trajectory.independent(key, config, rows).masks)[:, 0]
 
         drawn = np.asarray(many(jax.random.split(jax.random.key(5), 4000)))
         np.testing.assert_allclose(drawn[:, 0].mean(0), 0.8, atol=0.025)
@@ -223,8 +232,9 @@ class TestStrategies:
         settings = {"masking": masking, "steps": 2, "loss": "distill"}
 
         def draw(key):
-            config, anchor = MemoryConfig(**settings), batch.maskable
-            return trajectory.draw(key, config, batch, anchor, jnp.ones(4), MASK_ID, 4)
+            config = MemoryConfig(**settings)
+            rows = rows_of(config, batch, batch.maskable, jnp.ones(4))
+            return trajectory.draw(key, config, rows, 4)
 
         eager, compiled = draw(jax.random.key(0)), jax.jit(draw)(jax.random.key(0))
         assert jax.tree.structure(eager) == jax.tree.structure(compiled)
@@ -302,13 +312,13 @@ class TestPadding:
         np.testing.assert_array_equal(np.asarray(found.after) == MASK_ID, inner)
 
     def test_without_padding_the_policy_changes_nothing(self, batch):
-        for policy in ("inner", "both"):
-            found, _ = drawn(batch, padding=policy)
-            assert found.ends_at_anchor
-            assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, drawn(batch)[0]))
+        found, _ = drawn(batch, padding="inner")
+        assert found.ends_at_anchor
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, drawn(batch)[0]))
 
-    def test_both_is_a_batch_whose_padding_is_not_maskable(self, padded):
-        plain = trajectory.without_padding(padded)
+    def test_visible_to_the_outer_loss_is_padding_that_is_not_maskable(self, padded):
+        assert objective.LossConfig().supervised(padded) is padded
+        plain = objective.LossConfig(padding="visible").supervised(padded)
         assert not (plain.maskable & padded.padding).any()
         assert (plain.maskable == (padded.maskable & ~padded.padding)).all()
 
@@ -324,38 +334,6 @@ def test_a_shared_memory_is_normalised_over_all_devices():
 
 
 def test_capacity_reaches_the_targets(batch):
-    found = trajectory.draw(
-        jax.random.key(0), MemoryConfig(), batch, batch.maskable, jnp.ones(4), MASK_ID, 4,
-        capacity=36,
-    )  # fmt: skip
+    rows = rows_of(MemoryConfig(), batch, batch.maskable, jnp.ones(4))
+    found = trajectory.draw(jax.random.key(0), MemoryConfig(), rows, 4, capacity=36)
     assert found.states[0].targets.positions.shape == (4, 36)
-
-
-def test_anchor_masks_each_row_at_its_own_time():
-    maskable = jnp.ones((6, 4000), bool).at[0].set(False).at[1, 2000:].set(False)
-    batch = Batch(jnp.zeros(maskable.shape, jnp.int32), maskable, maskable)
-    mask, t = trajectory.draw_anchor(jax.random.key(0), batch, LinearSchedule(0.05))
-    assert not (mask & ~maskable).any()
-    ratio = mask.sum(-1)[1:] / maskable.sum(-1)[1:]
-    np.testing.assert_allclose(ratio, t[1:], atol=0.04)
-    assert t.shape == (6,) and np.ptp(t) > 0.2
-
-
-def test_time_and_mask_are_drawn_apart():
-    """A lone token is masked with probability E[t]; drawn from one key it would be always."""
-    one = jnp.ones((1, 1), bool)
-    batch = Batch(jnp.zeros((1, 1), jnp.int32), one, one)
-
-    def masked(key):
-        return trajectory.draw_anchor(key, batch, LinearSchedule())[0].sum()
-
-    keys = jax.random.split(jax.random.key(0), 1000)
-    assert abs(float(jax.jit(jax.vmap(masked))(keys).mean()) - 0.5) < 0.06
-
-
-def test_anchor_state_holds_the_masked_tokens_and_their_truth(batch):
-    mask, weight = batch.maskable, jnp.arange(4.0)
-    state = trajectory.anchor_state(batch, mask, weight, MASK_ID, None)
-    np.testing.assert_array_equal(state.tokens == MASK_ID, mask)
-    np.testing.assert_array_equal(state.targets.present.sum(-1), mask.sum(-1))
-    np.testing.assert_array_equal(state.weight, weight)

@@ -6,13 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.schedule import LinearSchedule
-from memdlm_jax.memory import fast_weights, inner_loop, losses, meta_gradient, walk
+from memdlm_jax.memory import fast_weights, inner_loop
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.typing import Context
 from tests.memory import tiny
 from tests.memory.tiny import MODEL, ROWS, assert_close, batch_of, draw, run, settings
 
@@ -23,8 +23,10 @@ pytestmark = pytest.mark.usefixtures("wide")
 
 
 def last_at(theta, memory, tokens, valid, targets):
-    hidden = MODEL.trunk(theta, tokens, valid, split=SPLIT)
-    return objective.hidden_at(MODEL.head(theta, memory, hidden, valid, split=SPLIT), targets)
+    context = Context(valid)
+    hidden = MODEL.trunk(theta, tokens, context, split=SPLIT)
+    at = targets.positions
+    return objective.head_at(MODEL, theta, memory, hidden, at, context, split=SPLIT)
 
 
 def plain_inner_loss(config, theta, memory, tokens, teacher, valid, state):
@@ -56,7 +58,7 @@ def plain_inner_loss(config, theta, memory, tokens, teacher, valid, state):
 def oracle(config, given):
     """theta -> (outer loss, inner losses) with plain loops and reverse over reverse."""
     phi, batch, anchor, states = given
-    optimizer = inner_loop.inner_optimizer(config)
+    optimizer, anchor = inner_loop.clipped_sgd(config), anchor.state
     last = states.states[-1].tokens if states.after is None else states.after
     if states.after is None and not states.ends_at_anchor:
         last = anchor.tokens
@@ -194,9 +196,10 @@ class TestDropout:
         assert found == pytest.approx(expected, rel=1e-6)
 
     def test_not_when_evaluating(self):
-        _, _, trajectory = meta_gradient.draw(
-            jax.random.key(0), MODEL, self.CONFIG, batch_of(0), LinearSchedule(), training=False
-        )
+        given = draw(self.CONFIG, batch_of(0))
+        keys = jax.random.key(0), jax.random.key(1), None
+        loop = inner_loop.InnerLoop(MODEL, self.CONFIG)
+        _, trajectory = loop.draw(keys, given.batch, given.anchor, LinearSchedule())
         assert trajectory.dropout is None
 
 
@@ -234,9 +237,7 @@ class TestDeviceScope:
         config = settings("exact", "device", groups=groups)
 
         def on_device(rows):
-            return meta_gradient.draw(
-                jax.random.key(0), MODEL, config, rows, LinearSchedule(), axis_name="d"
-            )[0]
+            return draw(config, rows, parts=2, axis_name="d").phi
 
         halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), batch_of(0))
         phi = jax.vmap(on_device, axis_name="d")(halves)
@@ -246,53 +247,7 @@ class TestDeviceScope:
     def test_groups_that_cannot_be_shared_out_are_refused(self, groups, parts):
         config = MemoryConfig(scope="device", groups=groups)
         with pytest.raises(ValueError, match=rf"memory\.groups={groups} must be a multiple of"):
-            meta_gradient.number_of_groups(config, ROWS, parts)
-
-
-class TestOwnParts:
-    """A user's own inner loss and optimiser (docs/method.md)."""
-
-    def test_own_loss_and_optimiser_take_the_place_of_the_configs(self, theta):
-        config = settings("exact", "example")
-        given = draw(config, batch_of(0))
-        standard = losses.build(MODEL, config)
-
-        def with_decay(theta, phi, state):
-            size = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(phi))
-            return standard(theta, phi, state) + 0.01 * size
-
-        def outer(theta):
-            return meta_gradient.outer_loss(
-                MODEL, config, theta, *given,
-                inner_loss=with_decay, inner_optimizer=optax.adam(0.05),
-            )  # fmt: skip
-
-        (loss, sums), gradient = jax.jit(jax.value_and_grad(outer, has_aux=True))(theta)
-
-        def oracle(theta):
-            memory = jax.tree.map(lambda leaf: leaf, given[0])
-            optimizer = optax.adam(0.05)
-            state = optimizer.init(memory)
-            steps = walk.head_states(
-                walk.Reader(MODEL, config, theta, given[1].valid, None, ROWS), given[3],
-                MODEL.trunk(theta, given[2].tokens, given[1].valid, split=SPLIT),
-            )  # fmt: skip
-            for one in steps:
-
-                def total(memory, one=one):
-                    return jax.vmap(with_decay, (None, 0, 0))(theta, memory, one).sum()
-
-                updates, state = optimizer.update(jax.grad(total)(memory), state)
-                memory = jax.tree.map(jnp.add, memory, updates)
-            hidden = MODEL.trunk(theta, given[2].tokens, given[1].valid, split=SPLIT)
-            return meta_gradient.anchor_loss(
-                MODEL, theta, memory, hidden, given[1].valid, given[2], split=SPLIT
-            )
-
-        expected, same = jax.jit(jax.value_and_grad(oracle))(theta)
-        assert float(loss) == pytest.approx(float(expected), rel=1e-12)
-        assert_close(gradient, same, 1e-9)
-        assert not sums.inner.skipped.any()
+            fast_weights.groups_for(config, ROWS, parts)
 
 
 def test_adam_with_a_number_under_its_root_differentiates_where_gradients_are_zero():
@@ -300,15 +255,12 @@ def test_adam_with_a_number_under_its_root_differentiates_where_gradients_are_ze
     theta, maskable = MODEL.init(0), np.ones((ROWS, tiny.LENGTH), bool)
     maskable[0] = False
     batch = dataclasses.replace(batch_of(3), maskable=jnp.asarray(maskable))
-    config = settings("exact", "example")
+    config = settings("exact", "example", optimizer="tests.memory.own_parts:rooted_adam")
     given = draw(config, batch, lambda _, batch: (batch.maskable, jnp.ones(ROWS)))
-    optimizer = optax.adam(0.05, eps_root=1e-8)
 
     @jax.jit
     def outer(theta):
-        return meta_gradient.outer_loss(
-            MODEL, config, theta, *given, with_memory_off=False, inner_optimizer=optimizer
-        )[0]
+        return tiny.outer(config, theta, given, with_memory_off=False)[0]
 
     gradient, rng = jax.jit(jax.grad(outer))(theta), np.random.default_rng(0)
     direction = {name: rng.normal(size=leaf.shape) for name, leaf in theta.items()}
@@ -320,18 +272,3 @@ def test_adam_with_a_number_under_its_root_differentiates_where_gradients_are_ze
     expected = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
     found = sum(float(np.vdot(gradient[name], direction[name])) for name in theta)
     assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_padding_left_visible_counts_for_nothing(theta):
-    """``draw`` leaves it unmasked, so ``outer_loss`` does not count it either."""
-    padding = np.zeros((ROWS, tiny.LENGTH), bool)
-    padding[:, -2:] = True
-    batch = dataclasses.replace(
-        batch_of(0), maskable=jnp.ones_like(padding), valid=jnp.ones_like(padding),
-        padding=jnp.asarray(padding),
-    )  # fmt: skip
-    config = settings("first_order", "example", padding="both")
-    (_, sums), _ = run(config, theta, draw(config, batch))
-    assert int(sums.maskable) == ROWS * (tiny.LENGTH - 2)
-    plain = settings("first_order", "example", padding="inner")
-    assert int(run(plain, theta, draw(plain, batch))[0][1].maskable) == ROWS * tiny.LENGTH

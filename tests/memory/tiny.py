@@ -3,15 +3,21 @@
 import contextlib
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memdlm_jax.diffusion import objective
+from memdlm_jax.diffusion.objective import Anchor
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.memory import meta_gradient
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.typing import Batch
+from memdlm_jax.memory.inner_loop import InnerLoop
+from memdlm_jax.memory.trajectory import Trajectory
+from memdlm_jax.training.step import step_keys
+from memdlm_jax.typing import EVERYTHING, Batch, Phi
 
 ROWS, LENGTH = 4, 8
 
@@ -29,12 +35,12 @@ class Tiny:
         shapes |= {"gain": (d,)}
         return {name: jnp.asarray(rng.normal(size=s)) * 0.6 for name, s in shapes.items()}
 
-    def trunk(self, theta, tokens, valid=None, position_ids=None, *, split):
+    def trunk(self, theta, tokens, context=EVERYTHING, *, split):
         x = theta["embedding"][tokens] + theta["place"]
-        return self._layers(theta, None, x, valid, 0, split)
+        return self._layers(theta, None, x, context.attend, 0, split)
 
-    def head(self, theta, phi, hidden, valid=None, position_ids=None, *, split):
-        return self._layers(theta, phi, hidden, valid, split, self.num_layers)
+    def head(self, theta, phi, hidden, context=EVERYTHING, *, split):
+        return self._layers(theta, phi, hidden, context.attend, split, self.num_layers)
 
     def _layers(self, theta, phi, x, valid, first, end):
         seen = valid[..., None].astype(x.dtype)
@@ -86,30 +92,46 @@ def batch_of(seed):
     return Batch(*map(jnp.asarray, (tokens, maskable, valid)))
 
 
-def draw(config, batch, corrupt=None, seed=1):
-    """(phi_0, batch, anchor, trajectory) with float64 fast weights."""
+class Given(NamedTuple):
+    """Everything random of one step: phi_0, clean rows, anchor and trajectory."""
+
+    phi: Phi
+    batch: Batch
+    anchor: Anchor
+    trajectory: Trajectory
+
+
+def draw(config, batch, corruption=None, seed=1, model=MODEL, **places):
+    """Everything random of one step, with float64 fast weights."""
     schedule = LinearSchedule(0.5, "low_discrepancy")
-    phi, *states = meta_gradient.draw(
-        jax.random.key(seed), MODEL, config, batch, schedule, corrupt=corrupt
-    )
-    return jax.tree.map(lambda leaf: leaf.astype(float), phi), batch, *states
+    phi_key, anchor_key, mask_key, dropout_key = step_keys(jax.random.key(seed))
+    anchor = objective.draw_anchor(anchor_key, batch, model.mask_token_id, corruption or schedule)
+    keys = phi_key, mask_key, dropout_key
+    phi, trajectory = InnerLoop(model, config).draw(keys, batch, anchor, schedule, **places)
+    return Given(jax.tree.map(lambda leaf: leaf.astype(float), phi), batch, anchor, trajectory)
+
+
+def outer(config, theta, given, learned=None, model=MODEL, **others):
+    """(outer loss, sums) of what ``draw`` gave."""
+    return meta_gradient.outer_loss(
+        InnerLoop(model, config), theta, learned, given.phi, given.trajectory, given.anchor,
+        **others,
+    )  # fmt: skip
 
 
 @functools.cache
 def compiled(config):
-    """(theta, phi, batch, anchor, trajectory, report) -> ((loss, sums), gradient in theta)."""
+    """(theta, given, report) -> ((loss, sums), gradient in theta)."""
 
-    def loss(theta, phi, batch, anchor, trajectory, report):
-        return meta_gradient.outer_loss(
-            MODEL, config, theta, phi, batch, anchor, trajectory, with_memory_off=report
-        )
+    def loss(theta, given, report):
+        return outer(config, theta, given, with_memory_off=report)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def run(config, theta, given, report=True):
     """Outer loss, sums and gradient on what ``draw`` gave."""
-    return compiled(config)(theta, *given, np.bool_(report))
+    return compiled(config)(theta, Given(*given), np.bool_(report))
 
 
 def assert_close(ours, theirs, tolerance):

@@ -10,6 +10,7 @@ from memdlm_jax.models.dream import Dream, DreamConfig
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.models.llada2 import LLaDA2, LLaDA2Config
 from memdlm_jax.models.llada_moe import LLaDAMoE, LLaDAMoEConfig
+from memdlm_jax.typing import Context
 
 _SIZES = dict(vocab_size=20, width=16, num_layers=3, mask_token_id=1, max_length=32)
 MOE = LLaDAMoEConfig(
@@ -43,6 +44,7 @@ def theta_of(model):
 
 @functools.partial(jax.jit, static_argnames=("model", "split"))
 def logits(model, theta, phi=None, split=2, valid=None, tokens=TOKENS):
-    hidden = model.trunk(theta, tokens, valid, split=split)
-    last = fast_weights.head_with_memory(model, theta, phi, hidden, valid, split=split)
+    context = Context(valid)
+    hidden = model.trunk(theta, tokens, context, split=split)
+    last = fast_weights.head_with_memory(model, theta, phi, hidden, context, split=split)
     return model.readout(theta, last)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memdlm_jax.diffusion.objective import head_at
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.training import flops
+from memdlm_jax.typing import EVERYTHING, Context
 from tests.models.small import FAMILIES, TOKENS, theta_of
 
 AT = jnp.array([[0, 3, 8, 8], [1, 0, 5, 2]])
@@ -42,8 +44,9 @@ def test_head_at_is_the_head_at_these_positions(name, split):
 
     @jax.jit
     def run(theta, phi, attend, positions):
-        hidden = model.trunk(theta, TOKENS, attend, positions, split=split)
-        rest = (hidden, attend, positions)
+        context = Context(attend, positions)
+        hidden = model.trunk(theta, TOKENS, context, split=split)
+        rest = (hidden, context)
         head = functools.partial(fast_weights.head_with_memory, model, theta, phi, *rest)
         everywhere = head(split=split)
         return head(split=split, at=AT), jnp.take_along_axis(everywhere, AT[..., None], axis=1)
@@ -63,7 +66,7 @@ def test_what_stands_before_fast_weights_can_be_run_apart(name, split):
 
     @jax.jit
     def run(theta, phi):
-        rest = VALID, position_ids
+        rest = (Context(VALID, position_ids),)
         hidden = model.trunk(theta, TOKENS, *rest, split=split)
         entered = model.enter(theta, hidden, AT, *rest, split=split)
         head = functools.partial(fast_weights.head_with_memory, model, theta, split=split, at=AT)
@@ -81,9 +84,9 @@ def test_only_a_memory_behind_the_first_attention_can_be_entered():
     model = FAMILIES["llada"]
     for modules, can in ((("mlp",), True), (("down_proj",), True), (("mlp", "q_proj"), False)):
         memory = MemoryConfig(layer_fraction=0.3, target_modules=modules)
-        assert (fast_weights.entering(model, memory) is model) == can
-    with pytest.raises(TypeError, match="entered=True, but object has no head_entered"):
-        fast_weights.head_at(object(), None, None, TOKENS, AT, split=1, entered=True)
+        assert fast_weights.can_enter(model, memory) == can
+    with pytest.raises(TypeError, match="entered=True, but object is no EfficientDenoiser"):
+        head_at(object(), None, None, TOKENS, AT, EVERYTHING, split=1, entered=True)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -92,8 +95,9 @@ def test_gradients_are_those_of_the_head(remat):
     theta, phi = theta_of(model), random_phi(model, 1)
 
     def total(theta, phi, at):
-        hidden = model.trunk(theta, TOKENS, VALID, split=1)
-        last = fast_weights.head_with_memory(model, theta, phi, hidden, VALID, split=1, at=at)
+        context = Context(VALID)
+        hidden = model.trunk(theta, TOKENS, context, split=1)
+        last = fast_weights.head_with_memory(model, theta, phi, hidden, context, split=1, at=at)
         last = last if at is not None else jnp.take_along_axis(last, AT[..., None], axis=1)
         return jnp.sum(jnp.sin(last))
 
@@ -108,7 +112,10 @@ def test_the_last_layer_runs_at_the_wanted_positions_alone():
 
     def count(at):
         return flops.matmul_flops(
-            lambda h: fast_weights.head_with_memory(model, theta, None, h, split=2, at=at), hidden
+            lambda h: fast_weights.head_with_memory(
+                model, theta, None, h, EVERYTHING, split=2, at=at
+            ),
+            hidden,
         )
 
     positions, wanted, width = 2 * 9, 2 * 1, 16
@@ -121,11 +128,11 @@ def test_the_last_layer_runs_at_the_wanted_positions_alone():
 
 def test_a_denoiser_without_head_at_runs_its_head():
     class Plain:
-        def head(self, theta, phi, hidden, attend=None, position_ids=None, *, split):
+        def head(self, theta, phi, hidden, context=EVERYTHING, *, split):
             return hidden * split
 
     hidden = jnp.arange(24.0).reshape(2, 4, 3)
     found = fast_weights.head_with_memory(
-        Plain(), None, None, hidden, split=2, at=jnp.array([[3], [0]])
+        Plain(), None, None, hidden, EVERYTHING, split=2, at=jnp.array([[3], [0]])
     )
     np.testing.assert_array_equal(found, 2 * np.stack([hidden[0, 3:4], hidden[1, 0:1]]))

@@ -13,6 +13,7 @@ from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.models.attention import attend
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.training import flops
+from memdlm_jax.typing import Context
 
 CONFIG = LLaDAConfig(
     vocab_size=20, width=16, num_layers=3, num_heads=4, num_kv_heads=2, hidden_features=24,
@@ -35,9 +36,9 @@ TOKENS = jnp.arange(14).reshape(2, 7)
 
 @functools.partial(jax.jit, static_argnames=("model", "split"))
 def logits(model, theta, phi=None, split=2, valid=None, position_ids=None, tokens=TOKENS):
-    where = valid, position_ids
-    hidden = model.trunk(theta, tokens, *where, split=split)
-    last = fast_weights.head_with_memory(model, theta, phi, hidden, *where, split=split)
+    context = Context(valid, position_ids)
+    hidden = model.trunk(theta, tokens, context, split=split)
+    last = fast_weights.head_with_memory(model, theta, phi, hidden, context, split=split)
     return model.readout(theta, last)
 
 

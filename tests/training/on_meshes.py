@@ -23,6 +23,7 @@ from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.objective import Targets, token_losses
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import inner_loop_for
 from memdlm_jax.models import lora
 from memdlm_jax.models.expert_parallel import sum_over_experts
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
@@ -30,11 +31,11 @@ from memdlm_jax.models.llada2 import LLaDA2, LLaDA2Config
 from memdlm_jax.models.llada_moe import LLaDAMoE, LLaDAMoEConfig
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.quantize import quantized_tree
+from memdlm_jax.parameters import partition
 from memdlm_jax.training import hlo, optimizer, state
 from memdlm_jax.training.parallel import CompiledSteps
 from memdlm_jax.training.sharding import Layout, MeshConfig
 from memdlm_jax.training.step import StepSetup
-from memdlm_jax.parameters import partition
 from tests.training import tiny
 
 SIZES = dict(
@@ -75,7 +76,8 @@ def steps_on(model, memory, mesh=None, devices=None, frozen=None, **changes):
     config = dataclasses.replace(OPTIMIZER, accumulation=accumulation)
     devices = jax.devices() if mesh is not None and devices is None else devices
     return CompiledSteps(
-        StepSetup(model, config, memory, **changes), lambda length: length, frozen,
+        StepSetup(model, config, inner_loop_for(model, memory), **changes),
+        lambda length: length, frozen,
         mesh, devices or jax.devices()[:1],
     )  # fmt: skip
 
@@ -152,7 +154,7 @@ def micro_batches(check):
         "mesh": (MeshConfig(data=4, tensor=2), {"accumulation": 2}),
         "pmap": (None, {"accumulation": 2, "devices": jax.devices()[:4]}),
     }
-    check.steps("micro_batches", DENSE, tiny.STEADY_MEMORY, ways, corrupt=tiny.corrupt)
+    check.steps("micro_batches", DENSE, tiny.STEADY_MEMORY, ways, corruption=tiny.corrupt)
 
 
 def experts(check):

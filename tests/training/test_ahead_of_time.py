@@ -11,6 +11,7 @@ import pytest
 from experiments import _decode, compile_for_tpu
 from experiments.configs.compile_for_tpu import get_config
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.training import ahead_of_time, optimizer, state, topology
@@ -202,7 +203,8 @@ def test_a_small_step_compiles_for_four_tpu_chips(hasty_compiler):
         lambda key: state.create(denoiser.init(key), settings), jax.random.key(0)
     )
     layout = Layout(MeshConfig(data=1, fsdp=2, tensor=2).build(place.devices()))
-    setup = StepSetup(denoiser, settings, MemoryConfig(rank=4, layer_fraction=0.5), capacity=128)
+    inner_loop = InnerLoop(denoiser, MemoryConfig(rank=4, layer_fraction=0.5))
+    setup = StepSetup(denoiser, settings, inner_loop, capacity=128)
     start = time.process_time()
     work = ahead_of_time.train_step(layout, setup, shapes, None, rows=8, length=128)
     report, _ = ahead_of_time.compile_for(place, layout, work)

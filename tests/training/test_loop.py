@@ -144,7 +144,7 @@ def test_validation_rows_with_more_targets_than_training_lose_none(tmp_path):
         """All of a row, so that all of it must be counted."""
         return batch.maskable, jax.numpy.ones(batch.tokens.shape[0])
 
-    validation, setup = [tiny.batch(1)], tiny.setup(corrupt=corrupt)
+    validation, setup = [tiny.batch(1)], tiny.setup(corruption=corrupt)
     config = tiny.train_config(tmp_path, steps=1, validate_every=1)
     result = loop.run(config, setup, tiny.fresh_state(), Short(), validation)
     steps = CompiledSteps(setup, lambda length: length)
@@ -232,7 +232,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
         return mask, jax.numpy.where(batch.tokens.sum() == poison, jax.numpy.inf, weight)
 
     poison = int(tiny.Data().batch_at(4).tokens.sum())
-    setup, config = tiny.setup(corrupt=corrupt), tiny.train_config(tmp_path, validate_every=0)
+    setup, config = tiny.setup(corruption=corrupt), tiny.train_config(tmp_path, validate_every=0)
     with pytest.raises(loop.NotFinite, match="step 5: "):
         loop.run(config, setup, tiny.fresh_state(), tiny.Data())
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["3"]
@@ -244,7 +244,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
         return mask, jax.numpy.where(batch.tokens.sum() == poison, jax.numpy.inf, weight)
 
     poison = int(tiny.batch(1).tokens.sum())
-    setup, config = tiny.setup(corrupt=corrupt), tiny.train_config(tmp_path, steps=1)
+    setup, config = tiny.setup(corruption=corrupt), tiny.train_config(tmp_path, steps=1)
     with pytest.raises(loop.NotFinite, match=r"step 1: validation loss is .*memory_off.* inf"):
         loop.run(config, setup, tiny.fresh_state(), tiny.Data(), [tiny.batch(1)])
 

@@ -12,15 +12,16 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from memdlm_jax import partitioning
 from memdlm_jax.checkpoints.trees import named
-from memdlm_jax.memory import fast_weights, learned
+from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop, join_learned
 from memdlm_jax.models import lora
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.quantize import quantized_tree
+from memdlm_jax.parameters import partition
 from memdlm_jax.training import state
 from memdlm_jax.training.sharding import Layout, MeshConfig
-from memdlm_jax.parameters import partition
 from tests.models.small import FAMILIES
 from tests.training import tiny
 
@@ -49,8 +50,9 @@ def test_a_rule_covers_every_array_of_a_state(name, kind):
             theta = quantized_tree(theta, "nf4", kernels, 8)
             parts = partition(lora.add(key, model, theta, LoraConfig(rank=2)), lora.is_adapter)
             return state.create(parts.trainable, tiny.OPTIMIZER), parts.frozen
-        inner = learned.init(key, model, memory) if kind == "learned" else None
-        return state.create(learned.join(theta, inner), tiny.OPTIMIZER)
+        loop = InnerLoop(model, memory)
+        learned = loop.init_learned(key) if kind == "learned" else None
+        return state.create(join_learned(theta, learned), tiny.OPTIMIZER)
 
     placed = layout(fsdp=2, tensor=2, expert=2)
     specs = {path: placed.spec(path, leaf) for path, leaf in named(abstract(build)).items()}

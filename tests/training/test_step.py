@@ -6,11 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from memdlm_jax.diffusion.objective import LossConfig
-from memdlm_jax.memory import learned, meta_gradient
+from memdlm_jax.memory.inner_loop import InnerLoop, inner_loop_for, join_learned
 from memdlm_jax.training import optimizer, state, step
 from memdlm_jax.training import state as states
 from tests.training import tiny
@@ -26,7 +25,7 @@ def compiled(setup):
 @functools.cache
 def sums_of(memory, accumulation):
     config = dataclasses.replace(tiny.OPTIMIZER, accumulation=accumulation)
-    setup = dataclasses.replace(tiny.setup(memory, corrupt=tiny.corrupt), optimizer=config)
+    setup = dataclasses.replace(tiny.setup(memory, corruption=tiny.corrupt), optimizer=config)
     theta = tiny.fresh_state().theta
     return jax.jit(functools.partial(step.gradient_sums, setup))(theta, tiny.batch(), KEY, True)
 
@@ -57,7 +56,7 @@ def test_micro_batches_draw_from_keys_of_their_own(monkeypatch):
 
 def test_the_loss_is_the_sum_over_all_maskable_tokens_of_the_batch():
     _, sums = sums_of(None, 1)
-    _, metrics = compiled(tiny.setup(corrupt=tiny.corrupt))(
+    _, metrics = compiled(tiny.setup(corruption=tiny.corrupt))(
         tiny.fresh_state(), tiny.batch(), KEY, True
     )
     assert metrics["loss/memory_on"] == pytest.approx(float(sums.memory_on) / 35, rel=1e-5)
@@ -72,7 +71,7 @@ def test_the_loss_is_the_sum_over_all_maskable_tokens_of_the_batch():
 )
 def test_learns_one_batch_by_heart(kind, steps):
     memory = kind and dataclasses.replace(tiny.MEMORY, meta_gradient=kind, steps=steps)
-    take = compiled(tiny.setup(memory, corrupt=tiny.corrupt))
+    take = compiled(tiny.setup(memory, corruption=tiny.corrupt))
     state, losses = tiny.fresh_state(), []
     for i in range(12):
         state, metrics = take(state, tiny.batch(), jax.random.fold_in(KEY, i), i in (0, 11))
@@ -82,20 +81,24 @@ def test_learns_one_batch_by_heart(kind, steps):
 
 
 def test_the_same_key_draws_the_same_anchor_with_and_without_memory():
-    _, anchor_key, *_ = meta_gradient.step_keys(KEY)
-    mask, _, plain = meta_gradient.draw_anchor(
-        anchor_key, tiny.DENOISER, tiny.batch(), tiny.setup().schedule
-    )
-    _, anchor, _ = meta_gradient.draw(
-        KEY, tiny.DENOISER, tiny.MEMORY, tiny.batch(), tiny.setup().schedule
-    )
-    assert mask.any()
-    jax.tree.map(np.testing.assert_array_equal, plain, anchor)
+    """With supervised padding that stays visible, too."""
+    padding = np.zeros((4, 12), bool)
+    padding[:, -3:] = True
+    batch = dataclasses.replace(tiny.batch(), padding=padding)
+    loss = LossConfig(padding="visible")
+    found = []
+    for memory in (None, tiny.MEMORY):
+        setup = tiny.setup(memory, loss=loss)
+        evaluate = jax.jit(functools.partial(step.eval_step, setup=setup))
+        found.append(evaluate(tiny.fresh_state().theta, batch, KEY))
+    plain, with_memory = found
+    assert int(plain.maskable) == int(with_memory.maskable) == 35 - 11
+    assert float(with_memory.memory_off) == pytest.approx(float(plain.memory_on), rel=1e-5)
 
 
 def test_memory_off_is_the_plain_loss_and_costs_nothing_unless_asked_for():
     state, batch = tiny.fresh_state(), tiny.batch()
-    take = compiled(tiny.setup(tiny.MEMORY, corrupt=tiny.corrupt))
+    take = compiled(tiny.setup(tiny.MEMORY, corruption=tiny.corrupt))
     quiet, quiet_metrics = take(state, batch, KEY, False)
     loud, metrics = take(state, batch, KEY, True)
     plain_loss = float(sums_of(None, 1)[1].memory_on) / 35
@@ -108,7 +111,7 @@ def test_memory_off_is_the_plain_loss_and_costs_nothing_unless_asked_for():
 @pytest.mark.parametrize("memory", [None, tiny.MEMORY])
 def test_a_loss_by_chunks_of_the_vocabulary_takes_the_same_step(memory):
     chunked = tiny.DENOISER.with_config(vocab_chunk=7)
-    setup = tiny.setup(memory, corrupt=tiny.corrupt)
+    setup = tiny.setup(memory, corruption=tiny.corrupt)
     found = [
         compiled(dataclasses.replace(setup, denoiser=denoiser))(
             tiny.fresh_state(), tiny.batch(), KEY, True
@@ -121,7 +124,7 @@ def test_a_loss_by_chunks_of_the_vocabulary_takes_the_same_step(memory):
 
 
 def test_inner_metrics_are_reported():
-    take = compiled(tiny.setup(tiny.MEMORY, corrupt=tiny.corrupt))
+    take = compiled(tiny.setup(tiny.MEMORY, corruption=tiny.corrupt))
     _, metrics = take(tiny.fresh_state(), tiny.batch(), KEY, True)
     for k in (1, 2):
         assert metrics[f"inner/loss_after_{k}"] < metrics[f"inner/loss_{k}"]
@@ -139,7 +142,7 @@ def test_skipped_inner_steps_are_counted():
         return mask, weight.at[1].set(jnp.inf)
 
     memory = dataclasses.replace(tiny.MEMORY, masking="no_progressive")
-    setup = tiny.setup(memory, corrupt=corrupt)
+    setup = tiny.setup(memory, corruption=corrupt)
     sums = jax.jit(functools.partial(step.eval_step, setup=setup))(
         tiny.fresh_state().theta, tiny.batch(), KEY
     )
@@ -167,7 +170,7 @@ def test_outer_normalisations_against_a_loop(memory, weighting, normalisation):
     batch = tiny.batch()
     batch.maskable[2] = False
     loss = LossConfig(weighting, normalisation)
-    setup = tiny.setup(memory, corrupt=tiny.corrupt, loss=loss)
+    setup = tiny.setup(memory, corruption=tiny.corrupt, loss=loss)
     sums = jax.jit(functools.partial(step.eval_step, setup=setup))(
         tiny.fresh_state().theta, batch, KEY
     )
@@ -195,7 +198,7 @@ def test_other_normalisations_span_micro_batches(normalisation, memory):
     loss, found = LossConfig(normalisation=normalisation), []
     for parts in (1, 2):
         config = dataclasses.replace(tiny.OPTIMIZER, accumulation=parts)
-        setup = tiny.setup(memory, corrupt=tiny.corrupt, loss=loss)
+        setup = tiny.setup(memory, corruption=tiny.corrupt, loss=loss)
         setup = dataclasses.replace(setup, optimizer=config)
         found.append(compiled(setup)(tiny.fresh_state(config), tiny.batch(), KEY, True))
     (_, one), (_, two) = found
@@ -206,7 +209,7 @@ class TestDeviceScope:
     def setup(self, groups, accumulation=1):
         memory = dataclasses.replace(tiny.STEADY_MEMORY, scope="device", groups=groups)
         config = dataclasses.replace(tiny.OPTIMIZER, accumulation=accumulation)
-        return dataclasses.replace(tiny.setup(memory, corrupt=tiny.corrupt), optimizer=config)
+        return dataclasses.replace(tiny.setup(memory, corruption=tiny.corrupt), optimizer=config)
 
     def sums(self, setup):
         theta = tiny.fresh_state().theta
@@ -225,12 +228,14 @@ class TestLearnedInnerLoop:
     MEMORY = dataclasses.replace(tiny.MEMORY, learned=("rates", "start"), meta_gradient="exact")
 
     def state(self, config=tiny.OPTIMIZER):
-        inner = learned.init(jax.random.key(9), tiny.DENOISER, self.MEMORY)
-        return states.create(learned.join(tiny.fresh_state().theta, inner), config)
+        learned = InnerLoop(tiny.DENOISER, self.MEMORY).init_learned(jax.random.key(9))
+        return states.create(join_learned(tiny.fresh_state().theta, learned), config)
 
     def test_is_trained_beside_theta_at_its_own_pace(self):
         config = dataclasses.replace(tiny.OPTIMIZER, inner_scale=10.0, weight_decay=0.1)
-        setup = dataclasses.replace(tiny.setup(self.MEMORY, corrupt=tiny.corrupt), optimizer=config)
+        setup = dataclasses.replace(
+            tiny.setup(self.MEMORY, corruption=tiny.corrupt), optimizer=config
+        )
         state = self.state(config)
         after, metrics = compiled(setup)(state, tiny.batch(), KEY, True)
         assert all(np.isfinite(value) for value in metrics.values())
@@ -245,7 +250,7 @@ class TestLearnedInnerLoop:
         assert biggest == pytest.approx(rate, rel=0.2)
 
     def test_validation_uses_it(self):
-        setup = tiny.setup(self.MEMORY, corrupt=tiny.corrupt)
+        setup = tiny.setup(self.MEMORY, corruption=tiny.corrupt)
         parameters = self.state().theta
         still = jax.tree.map(lambda leaf: leaf - 100.0, parameters.inner.log_rates)
         evaluate = jax.jit(functools.partial(step.eval_step, setup=setup))
@@ -259,18 +264,16 @@ class TestLearnedInnerLoop:
 
 
 def test_own_inner_loss_and_optimiser_reach_the_step():
-    """As in docs/method.md."""
-
-    def nothing(theta, phi, state):
-        del theta, state
-        return sum(0.0 * leaf.sum() for leaf in jax.tree.leaves(phi))
-
-    setup = tiny.setup(tiny.MEMORY, corrupt=tiny.corrupt, inner_loss=nothing)
+    nothing = dataclasses.replace(tiny.MEMORY, loss="tests.training.tiny:no_loss")
+    setup = tiny.setup(nothing, corruption=tiny.corrupt)
     _, metrics = compiled(setup)(tiny.fresh_state(), tiny.batch(), KEY, True)
     assert metrics["inner/loss_1"] == 0
     # phi_0 may be drawn twice in one program, with other rounding.
     assert metrics["inner/phi_change"] == pytest.approx(0, abs=1e-6)
-    setup = tiny.setup(tiny.MEMORY, corrupt=tiny.corrupt, inner_optimizer=optax.adam(0.02))
+    adam = dataclasses.replace(
+        tiny.MEMORY, optimizer="tests.memory.own_parts:adam", learning_rate=0.02
+    )
+    setup = tiny.setup(adam, corruption=tiny.corrupt)
     _, metrics = compiled(setup)(tiny.fresh_state(), tiny.batch(), KEY, True)
     assert metrics["inner/loss_after_2"] < metrics["inner/loss_2"]
 
@@ -279,7 +282,7 @@ def test_dropout_is_for_training_alone():
     drop = dataclasses.replace(tiny.MEMORY, dropout=0.5)
     results = []
     for memory in (tiny.MEMORY, drop):
-        setup = tiny.setup(memory, corrupt=tiny.corrupt)
+        setup = tiny.setup(memory, corruption=tiny.corrupt)
         given = tiny.batch(), KEY
         _, trained = compiled(setup)(tiny.fresh_state(), *given, True)
         sums = jax.jit(functools.partial(step.eval_step, setup=setup))(
@@ -297,12 +300,13 @@ def test_padding_of_both_losses_is_left_visible():
     padding[:, -3:] = True
     batch = dataclasses.replace(tiny.batch(), padding=padding)
     seen = {}
-    for policy in ("none", "inner", "both"):
-        memory = dataclasses.replace(tiny.MEMORY, padding=policy, steps=1)
-        evaluate = jax.jit(functools.partial(step.eval_step, setup=tiny.setup(memory)))
+    for inner, outer in (("none", "masked"), ("inner", "masked"), ("inner", "visible")):
+        memory = dataclasses.replace(tiny.MEMORY, padding=inner, steps=1)
+        setup = tiny.setup(memory, loss=LossConfig(padding=outer))
+        evaluate = jax.jit(functools.partial(step.eval_step, setup=setup))
         sums = evaluate(tiny.fresh_state().theta, batch, KEY)
-        seen[policy] = int(sums.maskable)
-    assert seen == {"none": 35, "inner": 35, "both": 35 - 11}
+        seen[inner, outer] = int(sums.maskable)
+    assert list(seen.values()) == [35, 35, 35 - 11]
 
 
 def test_rows_that_cannot_be_cut_into_micro_batches_are_refused():
@@ -316,7 +320,8 @@ def test_rows_that_cannot_be_cut_into_micro_batches_are_refused():
 def test_narrow_activations_leave_parameters_and_losses_wide(memory):
     narrow = dataclasses.replace(tiny.DENOISER.config, dtype="bfloat16", remat="full")
     config = dataclasses.replace(tiny.OPTIMIZER, accumulation=2)
-    setup = step.StepSetup(type(tiny.DENOISER)(narrow), config, memory)
+    denoiser = type(tiny.DENOISER)(narrow)
+    setup = step.StepSetup(denoiser, config, inner_loop_for(denoiser, memory))
     take = functools.partial(step.train_step, setup=setup)
     before = tiny.fresh_state()
     after, metrics = jax.eval_shape(take, before, tiny.batch(), KEY, jnp.bool_(True))
@@ -334,7 +339,7 @@ def test_narrow_parameters_are_refused():
 def test_validation_does_not_depend_on_the_micro_batches():
     theta = tiny.fresh_state().theta
     config = dataclasses.replace(tiny.OPTIMIZER, accumulation=2)
-    whole = tiny.setup(corrupt=tiny.corrupt)
+    whole = tiny.setup(corruption=tiny.corrupt)
     cut = dataclasses.replace(whole, optimizer=config)
     evaluate = (jax.jit(functools.partial(step.eval_step, setup=setup)) for setup in (cut, whole))
     assert_close(*(take(theta, tiny.batch(), KEY) for take in evaluate))
@@ -344,7 +349,7 @@ def test_one_memory_cannot_span_micro_batches():
     memory = dataclasses.replace(tiny.MEMORY, scope="global")
     config = dataclasses.replace(tiny.OPTIMIZER, accumulation=2)
     with pytest.raises(ValueError, match=r"accumulation=2 must be 1 with memory.scope='global'"):
-        step.StepSetup(tiny.DENOISER, config, memory)
+        step.StepSetup(tiny.DENOISER, config, InnerLoop(tiny.DENOISER, memory))
 
 
 def test_decay_spares_norms_and_the_embedding():
@@ -381,7 +386,7 @@ def test_bad_optimizer_settings_are_named_with_their_value(change):
 def test_one_memory_of_all_devices_counts_once():
     """Two simulated devices share a memory: sums over memories are those of one."""
     memory = dataclasses.replace(tiny.STEADY_MEMORY, scope="global")
-    plain = tiny.setup(memory, corrupt=tiny.corrupt)
+    plain = tiny.setup(memory, corruption=tiny.corrupt)
     mapped = dataclasses.replace(plain, axis_name="devices")
     theta, batch = tiny.fresh_state().theta, tiny.batch()
     halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), batch)

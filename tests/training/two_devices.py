@@ -10,9 +10,9 @@ import numpy as np
 from memdlm_jax.models import lora
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.quantize import quantized_tree
+from memdlm_jax.parameters import partition
 from memdlm_jax.training import state, step
 from memdlm_jax.training.parallel import CompiledSteps
-from memdlm_jax.parameters import partition
 from tests.training import tiny
 
 MEMORIES = {
@@ -35,7 +35,7 @@ def start(name):
 
 def main(name):
     assert jax.local_device_count() == 2
-    setup = tiny.setup(MEMORIES[name], corrupt=tiny.corrupt)
+    setup = tiny.setup(MEMORIES[name], corruption=tiny.corrupt)
     batch, key = tiny.batch(), jax.random.key(7)
     on_one = jax.jit(functools.partial(step.train_step, setup=setup))
     first, frozen = start(name)

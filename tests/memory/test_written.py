@@ -11,11 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdlm_jax.memory import fast_weights, prompt_memory, trajectory
+from memdlm_jax.diffusion import objective
+from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
+from memdlm_jax.memory.meta_gradient import FirstOrder
 from memdlm_jax.memory.trajectory import Trajectory
+from memdlm_jax.memory.written import write_prompt
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
-from memdlm_jax.typing import Batch
+from memdlm_jax.typing import Batch, Context
+from tests.models.small import small
 
 MODEL = LLaDA(
     LLaDAConfig(
@@ -43,7 +48,8 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def write(theta):
-    return jax.jit(functools.partial(prompt_memory.write_prompt, denoiser=MODEL, config=CONFIG))
+    loop = InnerLoop(MODEL, CONFIG)
+    return jax.jit(functools.partial(write_prompt, inner_loop=loop))
 
 
 def written(write, theta, tokens, valid, key=0):
@@ -90,11 +96,12 @@ def test_the_key_draws_memory_and_masks(write, theta, prompts):
 
 def test_masks_weights_and_targets_of_the_states(theta, monkeypatch):
     """Anchor Bernoulli(ratio) over valid tokens, pre-anchor 1.5 times as many, rows weigh alike."""
-    monkeypatch.setattr(prompt_memory, "adapt_to", lambda *given: given)
+    monkeypatch.setattr(InnerLoop, "adapt", lambda *given: given)
     tokens = jnp.full((4, 600), 5, jnp.int32)
     valid = jnp.arange(600) < jnp.array([600, 500, 400, 300])[:, None]
     config = dataclasses.replace(CONFIG, prompt_mask_ratio=0.3)
-    given = prompt_memory.write_prompt(jax.random.key(3), MODEL, config, theta, tokens, valid)
+    loop = InnerLoop(MODEL, config)
+    given = write_prompt(jax.random.key(3), loop, theta, tokens, valid)
     phi, (before, anchor) = given[3], given[4].states
     assert fast_weights.number_of_groups(phi) == 4
     masks = [np.asarray(state.tokens) == MODEL.mask_token_id for state in (before, anchor)]
@@ -119,20 +126,31 @@ def test_the_place_of_padding_does_not_matter(theta):
 
     tokens, valid = placed(prompt, 0), placed(np.ones(8, bool), False)
     positions = placed(np.arange(8, dtype=np.int32), 0)
-    states = [
-        trajectory.anchor_state(
-            prompt_batch(tokens, valid), placed(mask, False), jnp.full(2, 1 / mask.sum()), 1, None
-        )
-        for mask in masks
-    ]
+    batch = Batch(*map(jnp.asarray, (tokens, valid, valid)))
+
+    def state(mask):
+        drawn = jnp.asarray(placed(mask, False)), jnp.full(2, 1 / mask.sum())
+        return objective.draw_anchor(jax.random.key(0), batch, 1, lambda key, batch: drawn).state
+
     phi = fast_weights.init(jax.random.key(0), MODEL, CONFIG, 2)
-    adapted, record = jax.jit(functools.partial(prompt_memory.adapt_to, MODEL, CONFIG))(
-        theta, phi, Trajectory(tuple(states), ends_at_anchor=False), valid, positions
-    )
+    context = Context(jnp.asarray(valid), jnp.asarray(positions))
+    trajectory = Trajectory(tuple(map(state, masks)), context, ends_at_anchor=False)
+    adapt = functools.partial(InnerLoop(MODEL, CONFIG).adapt, rule=FirstOrder())
+    adapted, record = jax.jit(adapt)(theta, None, phi, trajectory)
     np.testing.assert_allclose(record.loss[:, 0], record.loss[:, 1], rtol=1e-5)
     for leaf in jax.tree.leaves(adapted):
         np.testing.assert_allclose(leaf[0], leaf[1], atol=1e-5 * np.abs(leaf).max())
 
 
-def prompt_batch(tokens, valid):
-    return Batch(jnp.asarray(tokens), jnp.asarray(valid), jnp.asarray(valid))
+def test_a_model_that_predicts_the_next_token_never_masks_the_first(monkeypatch):
+    """Dream reads the prediction of a token one position before it: the first has no such place."""
+    monkeypatch.setattr(InnerLoop, "adapt", lambda *given: given)
+    model = small("dream")
+    assert model.lookback == 1
+    tokens = jnp.full((2, 30), 5, jnp.int32)
+    valid = jnp.arange(30) >= jnp.array([0, 4])[:, None]
+    config = dataclasses.replace(CONFIG, prompt_mask_ratio=1.0)
+    states = write_prompt(jax.random.key(0), InnerLoop(model, config), None, tokens, valid)[4]
+    masked = np.asarray(states.states[-1].tokens == model.mask_token_id)
+    np.testing.assert_array_equal(masked, valid & (jnp.cumsum(valid, -1) > 1))
+    assert not masked[0, 0] and not masked[1, 4] and masked.sum() == 29 + 25

@@ -11,10 +11,12 @@ import pytest
 
 from memdlm_jax.diffusion.canvas import pad_left
 from memdlm_jax.diffusion.samplers import DecodeConfig
-from memdlm_jax.memory import fast_weights, generation, prompt_memory
+from memdlm_jax.inference import generation
+from memdlm_jax.inference.generation import Generator, Prompts
+from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.fast_weights import Dense, LowRank
-from memdlm_jax.memory.generation import Generator
+from memdlm_jax.memory.inner_loop import InnerLoop, inner_loop_for
+from memdlm_jax.memory.written import write_prompt, write_prompts
 from tests.models.small import small, theta_of
 
 # One inner step on one module: what is tested here compiles in a fraction of the time.
@@ -36,11 +38,15 @@ def loud_theta_of(name):
 def arguments(name, prompts=PROMPTS, seed=0):
     tokens, valid = pad_left(prompts, 8, 0)
     keys = jax.random.split(jax.random.key(seed), len(PROMPTS))[: len(prompts)]
-    return loud_theta_of(name), keys, tokens, valid
+    return loud_theta_of(name), Prompts(keys, tokens, valid)
+
+
+def generator_of(name, memory, config):
+    return Generator(small(name), inner_loop_for(small(name), memory), config)
 
 
 def generate(name, config, memory=MEMORY, **given):
-    generator = Generator(small(name), memory, config)
+    generator = generator_of(name, memory, config)
     return jax.device_get(generation.generate(generator, *arguments(name), **given))
 
 
@@ -95,7 +101,7 @@ def test_under_full_attention_keys_of_the_first_layer_are_never_old():
     model = small("llada").with_config(num_layers=1)
     theta = loud_theta_of("llada")
     theta = theta | {"layers": jax.tree.map(lambda x: x[:1], theta["layers"])}
-    given = theta, *arguments("llada")[1:]
+    given = theta, arguments("llada")[1]
     plain, cached = (
         generation.generate(Generator(model, None, dataclasses.replace(config, cache=c)), *given)
         for c in ("none", "prefix")
@@ -149,26 +155,26 @@ def test_trunk_caches_survive_new_fast_weights_and_head_caches_are_made_anew():
 def test_writing_on_every_second_block_is_the_loop_in_pieces():
     """And a row's memory hangs on its own text, not on its neighbours or its padding."""
     together = generate("llada", IN_PIECES, EVERY_SECOND)
-    generator = Generator(small("llada"), EVERY_SECOND, IN_PIECES)
-    theta, keys, tokens, valid = arguments("llada")
+    generator = generator_of("llada", EVERY_SECOND, IN_PIECES)
+    theta, prompts = arguments("llada")
 
     @jax.jit
-    def pieces(keys, tokens, valid):
-        progress = generation.start(generator, theta, keys, tokens, valid)
+    def pieces(prompts):
+        progress = generation.start(generator, theta, prompts)
         progress = generation.advance(generator, theta, progress, 2)
         progress = generation.write_on(generator, theta, progress)
         progress = generation.advance(generator, theta, progress, 4)
         progress = generation.write_on(generator, theta, progress)
         return generation.finish(generator, generation.advance(generator, theta, progress, 5))
 
-    fewer = pieces(keys[1:], tokens[1:, 2:], valid[1:, 2:])
+    fewer = pieces(Prompts(prompts.keys[1:], prompts.tokens[1:, 2:], prompts.valid[1:, 2:]))
     assert_same(jax.tree.map(lambda x: x[1:] if x.ndim else x, together), fewer)
 
 
 def test_watching_shows_every_step_and_ends_with_the_same_answer():
     """Without memory: ``tests/experiments/test_chat.py``."""
     config = dataclasses.replace(CAUSAL, cache="prefix", stop=(7,), threshold=0.9)
-    generator = Generator(small("llada"), WRITING_ON, config)
+    generator = generator_of("llada", WRITING_ON, config)
     seen = list(generation.watch(generator, *arguments("llada")))
     whole = jax.device_get(generation.generate(generator, *arguments("llada")))
     assert_same(seen[-1], whole)
@@ -179,31 +185,31 @@ def test_watching_shows_every_step_and_ends_with_the_same_answer():
 
 
 def test_a_written_memory_serves_again():
-    generator = Generator(small("llada"), MEMORY, CAUSAL)
-    theta, keys, tokens, valid = arguments("llada")
-    phi, record = jax.jit(generation.write, static_argnums=0)(generator, theta, keys, tokens, valid)
+    generator = generator_of("llada", MEMORY, CAUSAL)
+    theta, prompts = arguments("llada")
+    keys, tokens, valid = prompts.keys, prompts.tokens, prompts.valid
+    phi, record = jax.jit(generation.write, static_argnums=0)(generator, theta, prompts)
     assert record.loss.shape == (1, 3)
-    at_once = generation.generate(generator, theta, keys, tokens, valid)
-    assert_same(at_once, generation.generate(generator, theta, keys, tokens, valid, phi=phi))
+    at_once = generation.generate(generator, theta, prompts)
+    assert_same(at_once, generation.generate(generator, theta, prompts, phi=phi))
     # Another question on the same memory, and another context under the same question.
-    questions = pad_left([[9, 8], [9, 8], [9, 8]], 8, 0)
-    asked = generation.generate(generator, theta, keys, *questions, phi=phi)
-    same = generation.generate(generator, theta, keys, *questions, context=(tokens, valid))
+    questions = Prompts(keys, *pad_left([[9, 8], [9, 8], [9, 8]], 8, 0))
+    asked = generation.generate(generator, theta, questions, phi=phi)
+    with_text = dataclasses.replace(questions, written=(tokens, valid))
+    same = generation.generate(generator, theta, with_text)
     assert_same(asked, same)
     assert np.abs(asked.confidence[0] - asked.confidence[1]).max() > 1e-3
     # One memory for all rows is that memory in every row, also where rows write on in it.
     one = jax.tree.map(lambda leaf: leaf[:1], phi)
     copies = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 3, axis=0), phi)
-    shared = Generator(small("llada"), WRITING_ON, CAUSAL)
-    asked = [
-        generation.generate(shared, theta, keys, *questions, phi=each) for each in (one, copies)
-    ]
+    shared = generator_of("llada", WRITING_ON, CAUSAL)
+    asked = [generation.generate(shared, theta, questions, phi=each) for each in (one, copies)]
     assert_same(*asked)
     plain = Generator(small("llada"), None, CAUSAL)
-    with pytest.raises(ValueError, match="memory=None: there is no memory for phi or a context"):
-        generation.generate(plain, theta, keys, tokens, valid, phi=phi)
-    with pytest.raises(ValueError, match="memory=None: there is no memory to write into"):
-        generation.write(Generator(small("llada"), None, CAUSAL), theta, keys, tokens, valid)
+    with pytest.raises(ValueError, match="inner_loop=None: there is no memory for phi"):
+        generation.generate(plain, theta, prompts, phi=phi)
+    with pytest.raises(ValueError, match="inner_loop=None: there is no memory to write into"):
+        generation.write(plain, theta, prompts)
 
 
 GENTLE = dataclasses.replace(MEMORY, learning_rate=0.5)
@@ -218,8 +224,8 @@ def write_in_pieces(chunk, prompts):
     keys = jax.random.split(jax.random.key(0), len(prompts))
     theta = loud_theta_of("llada")
     write = jax.jit(
-        lambda keys, tokens, valid: prompt_memory.write_prompts(
-            keys, small("llada"), config, theta, tokens, valid
+        lambda keys, tokens, valid: write_prompts(
+            keys, InnerLoop(small("llada"), config), theta, tokens, valid
         )
     )
     return write(keys, tokens, valid)
@@ -236,7 +242,7 @@ def test_a_long_prompt_is_written_piece_by_piece():
     own = fast_weights.init(phi_key, small("llada"), config, 1)
     write = jax.jit(
         functools.partial(
-            prompt_memory.write_prompt, denoiser=small("llada"), config=config,
+            write_prompt, inner_loop=InnerLoop(small("llada"), config),
             theta=loud_theta_of("llada"),
         )
     )  # fmt: skip
@@ -256,26 +262,3 @@ def test_pieces_of_a_row_do_not_depend_on_longer_rows():
     for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(ours[:1], theirs, atol=1e-6)
     assert np.isnan(record.loss[1:, :, 0]).all() and np.isfinite(record.loss[:, :, 1]).all()
-
-
-@pytest.mark.parametrize("adapter", ["lora", "full"])
-def test_a_memory_is_described_by_what_it_changes(adapter):
-    config = dataclasses.replace(MEMORY, adapter=adapter)
-    phi = fast_weights.init(jax.random.key(0), small("llada_moe"), config, 2)
-    nothing = generation.describe(phi)
-    assert all((found["norm"] == 0).all() and (found["rank"] == 0).all()
-               for found in nothing.values())  # fmt: skip
-    noise = np.random.default_rng(0)
-    phi = jax.tree.map(lambda x: jnp.asarray(noise.normal(size=x.shape), x.dtype), phi)
-    described = generation.describe(phi)
-    assert list(described) == ["mlp/experts/up_proj"]
-    delta = phi["mlp"]["experts"]["up_proj"]["delta"]
-    assert isinstance(delta, LowRank if adapter == "lora" else Dense)
-    change = delta.scale * delta.A @ delta.B if adapter == "lora" else delta.W
-    singular = np.linalg.svd(np.asarray(change, np.float64), compute_uv=False)
-    p = singular**2 / (singular**2).sum(-1, keepdims=True)
-    entropy = -(p * np.log(np.maximum(p, 1e-30))).sum(-1)
-    found = described["mlp/experts/up_proj"]
-    assert found["norm"].shape == (2, 2, 6)
-    np.testing.assert_allclose(found["norm"], np.sqrt((singular**2).sum(-1)), rtol=1e-4)
-    np.testing.assert_allclose(found["rank"], np.exp(entropy), rtol=1e-3)
