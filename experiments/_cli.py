@@ -17,7 +17,9 @@ from ml_collections import config_dict, config_flags
 
 from memdlm_jax import processes
 from memdlm_jax.checkpoints.training_state import CorruptCheckpoint, NoUsableCheckpoint
+from memdlm_jax.diffusion.schedule import Schedule
 from memdlm_jax.processes import DistributedConfig
+from memdlm_jax.registry import SCHEDULES
 
 T = TypeVar("T")
 
@@ -176,6 +178,20 @@ def build(kind: type[T], settings: Mapping[str, Any], path: str = "config") -> T
         raise ValueError(f"{path}: {error}") from error
 
 
+def build_schedule(settings: Mapping[str, Any], path: str) -> Schedule:
+    """Build the masking schedule that ``name`` names, ``linear`` if there is none.
+
+    Raises:
+        KeyError, TypeError, ValueError: see ``build``; or there is no schedule of this name.
+    """
+    fields = dict(settings)
+    name = fields.pop("name", "linear")
+    kind = SCHEDULES(name, f"{path}.name")
+    if not (isinstance(kind, type) and issubclass(kind, Schedule)):
+        raise ValueError(f"{path}.name={name!r} must name a subclass of Schedule, not {kind!r}")
+    return build(kind, fields, path)
+
+
 def drop_disabled(settings: dict[str, Any], name: str, kind: type) -> None:
     """Replace a section by ``None`` where its ``enabled`` is False or it is missing, in place.
 
@@ -207,6 +223,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if origin is tuple:
         return _convert_tuple(arguments, value, path)
+    if hint is Schedule and isinstance(value, Mapping | config_dict.ConfigDict):
+        return build_schedule(typing.cast(Mapping, value), path)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping | config_dict.ConfigDict):
         return build(typing.cast(type, hint), typing.cast(Mapping, value), path)
     if hint is float and type(value) is int:

@@ -64,10 +64,11 @@ def get_config() -> config_dict.ConfigDict:
     config.distributed = _model.distributed_defaults()
 
     config.schedule = config_dict.ConfigDict()
+    config.schedule.name = "linear"  # or "cosine", or "my_module:MySchedule"
     config.schedule.minimum_time = 1e-3
     config.schedule.sampling = "iid"
 
-    config.loss = {"weighting": "scheduler", "normalisation": "token"}
+    config.loss = {"weighting": "scheduler", "normalisation": "token", "padding": "masked"}
 
     config.train = config_dict.ConfigDict()
     config.train.output = ""

@@ -52,5 +52,5 @@ def get_config() -> config_dict.ConfigDict:
         },
     )
     config.pipeline = {"buckets": (192,), "rows_per_batch": 8, "seed": 0}
-    config.schedule = {"minimum_time": 1e-3, "sampling": "low_discrepancy"}
+    config.schedule = {"name": "linear", "minimum_time": 1e-3, "sampling": "low_discrepancy"}
     return config

@@ -66,7 +66,9 @@ def _retrieval() -> ConfigDict:
             "max_keys": 8,
         }
     )
-    config.schedule = ConfigDict({"minimum_time": 0.1, "sampling": "low_discrepancy"})
+    config.schedule = ConfigDict(
+        {"name": "linear", "minimum_time": 0.1, "sampling": "low_discrepancy"}
+    )
     config.optimizer = ConfigDict(
         {
             "total_steps": 100_000,

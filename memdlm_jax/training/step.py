@@ -236,7 +236,9 @@ def _outer_loss(
     training: bool = True,
 ):  # fmt: skip
     """Draw one corruption and take the loss on it: (sum, ``Sums``)."""
-    theta, learned = split_learned(parameters)
+    theta, learned = parameters, None
+    if setup.inner_loop is not None:
+        theta, learned = split_learned(parameters)
     if frozen is not None:
         theta = Partitioned(theta, frozen)
     denoiser, loop, axis_name = setup.denoiser, setup.inner_loop, setup.axis_name

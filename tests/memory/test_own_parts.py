@@ -78,13 +78,13 @@ def test_the_same_parts_write_a_prompt(theta):
     standard, record = written()
     own_loss, smoothed = written(loss=OWN + "smoothed_cross_entropy")
     own_step, _ = written(optimizer=OWN + "rooted_adam")
-    assert (smoothed.loss != record.loss).all()
+    assert (smoothed.loss != record.loss)[:, :2].all(), "rows 2 and 3 mask nothing"
     for changed in (own_loss, own_step):
         gap = fast_weights.group_norms(jax.tree.map(jnp.subtract, changed, standard))
-        assert (gap > 1e-3).all()
+        assert (gap[:2] > 1e-3).all()
     # Adam's first step moves every entry that has a gradient by its rate, whatever its size.
     steps = np.abs(np.asarray(own_step["mlp"]["up"]["delta"].B)).max((1, 2, 3))
-    assert (steps > 0.04).all()
+    assert (steps[:2] > 0.04).all()
 
 
 def test_own_masking_strategy(theta):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -398,3 +399,25 @@ def test_one_memory_of_all_devices_counts_once():
     one = jax.jit(functools.partial(step.eval_step, setup=plain))(theta, batch, KEY)
     assert sums.inner.groups.tolist() == [1, 1]
     assert_close(jax.tree.map(lambda leaf: leaf[0], sums), one)
+
+
+def test_plain_training_never_enters_memory():
+    """Without an inner loop no function of ``memdlm_jax.memory`` runs while a step is traced."""
+    entered = set()
+
+    def watch(frame, event, _):
+        if event == "call" and "memdlm_jax/memory/" in frame.f_code.co_filename:
+            entered.add(frame.f_code.co_qualname)
+
+    def trace(memory):
+        entered.clear()
+        take = functools.partial(step.train_step, setup=tiny.setup(memory))
+        sys.setprofile(watch)
+        try:
+            jax.eval_shape(lambda *given: take(*given, True), tiny.fresh_state(), tiny.batch(), KEY)
+        finally:
+            sys.setprofile(None)
+        return set(entered)
+
+    assert trace(None) == set()
+    assert "outer_loss" in trace(tiny.MEMORY)
