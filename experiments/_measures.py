@@ -93,7 +93,7 @@ def make_tasks(config: EvaluateConfig, loaded: Loaded) -> list[tuple[Cell, Decod
         )
     made = []
     total = len(suite.names) * len(suite.lengths) * len(suite.seeds)
-    with Progress("drawing questions", total, "cell") as bar:
+    with Progress("drawing questions", total, "cell", brief=True) as bar:
         for cell in tasks.cells(suite, loaded.tokenizer, haystack(config)):
             sampler = dataclasses.replace(config.task_decode, length=cell.answer_tokens)
             made.append((cell, sampler))

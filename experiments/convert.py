@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=hugging_face.DTYPES)
     parser.add_argument("--shard-bytes", type=int, default=hugging_face.SHARD_BYTES)
     o = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig()
     logging.getLogger("memdlm_jax.progress").setLevel(logging.INFO)
     if o.shard_bytes < 1:
         parser.error(f"--shard-bytes={o.shard_bytes} must be at least 1")

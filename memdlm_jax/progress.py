@@ -51,6 +51,7 @@ class Progress(contextlib.AbstractContextManager):
         unit: str = "step",
         done: int = 0,
         *,
+        brief: bool = False,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -59,15 +60,16 @@ class Progress(contextlib.AbstractContextManager):
         Args:
             what: its name.
             total: units of work in all; ``None`` if that is not known.
-            unit: singular name of a unit. An empty one is for work that cannot be counted: it has
-                no bar, and lines only after ``EVERY`` seconds.
+            unit: singular name of a unit. An empty one is for work that cannot be counted: it is
+                ``brief``, and has no bar.
             done: units that were finished before.
+            brief: for what takes seconds as a rule: no first and last line, and the bar goes away.
             quiet: show nothing.
             clock: seconds; tests replace it.
         """
         self._what, self._total, self._unit, self.done = what, total, unit, done
         self._clock, self._start = clock, clock()
-        self._speaks = not quiet and _is_first()
+        self._brief, self._speaks = brief or not unit, not quiet and _is_first()
         self._now, self._numbers = "", dict[str, float]()
         # The rate does not count the time before the first update, which compiles.
         self._marks = collections.deque[tuple[float, int]](maxlen=_WINDOW)
@@ -81,10 +83,10 @@ class Progress(contextlib.AbstractContextManager):
         if self._speaks and self._unit and sys.stderr.isatty():
             self._bar = tqdm(
                 desc=self._what, total=self._total, initial=self.done, unit=f" {self._unit}s",
-                dynamic_ncols=True,
+                dynamic_ncols=True, leave=not self._brief,
             )  # fmt: skip
         elif self._speaks and logger.isEnabledFor(logging.INFO):
-            if self._unit:
+            if not self._brief:
                 logger.info("%s", self.line())
             self._thread = threading.Thread(target=self.speak, daemon=True)
             self._thread.start()
@@ -97,7 +99,7 @@ class Progress(contextlib.AbstractContextManager):
             self._bar.close()
         if self._thread is not None:
             self._thread.join()
-            if self._unit:
+            if not self._brief:
                 logger.info("%s", self.line(ended=True))
 
     def update(self, count: int = 1, **numbers: float) -> None:

@@ -96,7 +96,7 @@ class RowReader:
         """(ids of each row, ids of its prompt), both [rows] int32; reads everything once."""
         starts = range(0, len(self), _READ_AT_ONCE)
         pairs: list[tuple[int, int]] = []
-        with Progress("reading lengths", len(self), "row") as bar:
+        with Progress("reading lengths", len(self), "row", brief=True) as bar:
             for start in starts:
                 chunk = self.take(range(start, min(start + _READ_AT_ONCE, len(self))))
                 pairs += [(len(row.tokens), row.prompt_length) for row in chunk]

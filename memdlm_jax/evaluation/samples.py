@@ -31,7 +31,7 @@ def sample_replies(
     """
     prompts = [row.tokens[: row.prompt_length].tolist() for row in rows]
     replies = {}
-    with Progress("sampled replies", len(systems) * len(rows), "prompt") as bar:
+    with Progress("sampled replies", len(systems) * len(rows), "prompt", brief=True) as bar:
         for system in systems:
             replies[system.name] = reply(
                 system, tokenizer, prompts, config, seed=seed, max_length=max_length
