@@ -1,8 +1,12 @@
-# `make quickstart` and `make test` do all the set-up themselves; both may be run again at any time.
+# `make quickstart` and `make test` do all the set-up themselves, in one virtual environment. Both may
+# be run again at any time, in any order.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
+# On top of it: what only the tests need.
+TESTABLE := $(VENV)/.installed-test
 
 PODS := .venv-pods
 
@@ -11,11 +15,11 @@ PODS := .venv-pods
 quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart --config=experiments/configs/quickstart.py
 
-test: $(INSTALLED)
+test: $(TESTABLE)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-lint: $(INSTALLED)
-	$(BIN)/pip install --progress-bar off -c constraints.txt -e '.[dev]'
+lint: $(TESTABLE)
+	$(PIP) --progress-bar off -e '.[dev]'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,7 +36,11 @@ $(PODS)/.installed: setup.cfg pyproject.toml constraints.txt
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[corpus,test]'
+	$(PIP) -e '.[corpus]'
+	touch $@
+
+$(TESTABLE): $(INSTALLED)
+	$(PIP) -e '.[corpus,test]'
 	touch $@
 
 clean:

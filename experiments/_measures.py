@@ -1,13 +1,10 @@
 """The parts of ``experiments.evaluate``: each asks the loaded systems one thing."""
 
-import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from tqdm import tqdm
 
 from experiments import _stages
 from experiments._evaluation import EvaluateConfig, Loaded
@@ -30,6 +27,7 @@ from memdlm_jax.evaluation.needles import Answerer, NeedleSuite
 from memdlm_jax.evaluation.samples import sample_replies
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.evaluation.tasks import Cell
+from memdlm_jax.progress import Progress
 
 
 def haystack(config: EvaluateConfig) -> list[str]:
@@ -37,14 +35,6 @@ def haystack(config: EvaluateConfig) -> list[str]:
     if config.haystack:
         return list(sources.text_sentences(config.haystack, config.split))
     return list(sources.chitchat_sentences(config.split))
-
-
-@contextlib.contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar on the first process's terminal; elsewhere nothing."""
-    disable = None if processes.is_first() else True
-    with tqdm(total=total, desc=what, unit="question", disable=disable) as bar:
-        yield lambda done: bar.update(done) and None
 
 
 def ask_needles(
@@ -60,7 +50,7 @@ def ask_needles(
         loaded.weights,
     )  # fmt: skip
     total = len(loaded.systems) * len(suite.cells) * suite.episodes
-    with progress(total, "needles") as report:
+    with Progress("needles", total, "question") as bar:
 
         def answerer(system: System) -> Answerer:
             cells = iter(suite.cells)  # Asked in this order, each once.
@@ -74,7 +64,7 @@ def ask_needles(
                 cell = next(cells)
                 facts = {"task": "needles", "length": cell.length, "num_keys": cell.num_keys}
                 examples = [e.example(f"needle {i}") for i, e in enumerate(episodes)]
-                rows = asking.ask(asked, system, facts, examples, score, answers, report)
+                rows = asking.ask(asked, system, facts, examples, score, answers, bar.update)
                 return [row["reply"] for row in rows]
 
             return answer
@@ -101,10 +91,14 @@ def make_tasks(config: EvaluateConfig, loaded: Loaded) -> list[tuple[Cell, Decod
             f"tasks.lengths has {max(suite.lengths)}: it must be at most {loaded.max_length}, the "
             "longest canvas (max_length, or what the models are meant for)"
         )
-    made = tasks.cells(suite, loaded.tokenizer, haystack(config))
-    return [
-        (cell, dataclasses.replace(config.task_decode, length=cell.answer_tokens)) for cell in made
-    ]
+    made = []
+    total = len(suite.names) * len(suite.lengths) * len(suite.seeds)
+    with Progress("drawing questions", total, "cell", brief=True) as bar:
+        for cell in tasks.cells(suite, loaded.tokenizer, haystack(config)):
+            sampler = dataclasses.replace(config.task_decode, length=cell.answer_tokens)
+            made.append((cell, sampler))
+            bar.update()
+    return made
 
 
 def ask_tasks(
@@ -116,7 +110,8 @@ def ask_tasks(
     """Scores of every system on the benchmark tasks."""
     suite, found = config.tasks, []
     assert suite is not None
-    with progress(len(made) * suite.samples * len(loaded.systems), "tasks") as report:
+    total = len(made) * suite.samples * len(loaded.systems)
+    with Progress("tasks", total, "question") as bar:
         for cell, sampler in made:
             asked = Asked(
                 loaded.tokenizer, sampler, loaded.max_length, config.batch_size, cell.seed,
@@ -127,7 +122,7 @@ def ask_tasks(
             records = {
                 system.name: asking.ask(
                     asked, system, _facts(cell), [q.example for q in cell.questions],
-                    _scorer(cell), answers, report, width,
+                    _scorer(cell), answers, bar.update, width,
                 )
                 for system in loaded.systems
             }  # fmt: skip

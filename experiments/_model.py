@@ -20,6 +20,7 @@ from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.quantize import quantize, quantized_tree
 from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.parameters import partition
+from memdlm_jax.progress import Progress
 from memdlm_jax.training.sharding import Layout, MeshConfig
 from memdlm_jax.typing import Theta
 
@@ -60,9 +61,10 @@ def load(
         sharding = layout.where(param_dtype or dtype)
     if sharding is not None and transform is not None:
         sharding = _inputs_whole(sharding)
-    denoiser, theta = hugging_face.load(
-        folder, dtype, param_dtype, base=under or None, sharding=sharding, transform=transform
-    )
+    with Progress(f"loading {folder}", unit=""):
+        denoiser, theta = hugging_face.load(
+            folder, dtype, param_dtype, base=under or None, sharding=sharding, transform=transform
+        )
     tokenizer = Tokenizer.load(tokenizer_folder(folder, under))
     if denoiser.config.mask_token_id is None:
         denoiser = denoiser.with_config(mask_token_id=tokenizer.mask_id)

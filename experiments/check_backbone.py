@@ -9,6 +9,7 @@ adapter is checked on its base: the folder that its ``adapter_config.json`` name
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def _base(folder: Path, base: Path | None, golden: dict, tolerance: float) -> li
     """Compare an adapter's base alone."""
     denoiser, theta = hugging_face.load(hugging_face.base_of(folder, base))
     found = backbones.compare(denoiser, theta, golden, tolerance)
-    return [Compared("logits_base", c.error, c.tolerance) for c in found if c.name == "logits"]
+    return [dataclasses.replace(c, name="logits_base") for c in found if c.name == "logits"]
 
 
 def report(folder: str, found: list[Compared]) -> None:
@@ -56,10 +57,15 @@ def report(folder: str, found: list[Compared]) -> None:
         at = "" if compared.name == quantity else f" ({compared.name})"
         bound = "" if compared.tolerance is None else f"  (at most {compared.tolerance:.0e})"
         verdict = compared.note or ("ok" if compared.equal else "DIFFERS")
-        print(f"    {quantity + at:36} {compared.error:9.1e}{bound}  {verdict}")
+        print(f"    {quantity + at:36} {_error(compared):>9}{bound}  {verdict}")
     for compared in found:
         if not compared.equal:
-            print(f"    DIFFERS {compared.name} {compared.error:.1e} {compared.note}".rstrip())
+            print(f"    DIFFERS {compared.name} {compared.note or _error(compared)}")
+
+
+def _error(compared: Compared) -> str:
+    """The error, or a dash if nothing could be compared."""
+    return "-" if compared.note and math.isnan(compared.error) else f"{compared.error:.1e}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

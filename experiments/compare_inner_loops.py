@@ -23,6 +23,7 @@ from experiments import _cli, finetune
 from experiments.finetune import FinetuneConfig
 from memdlm_jax import storage
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.progress import Progress
 from memdlm_jax.training.sharding import MeshConfig
 
 logger = logging.getLogger(__name__)
@@ -96,10 +97,13 @@ def from_config_dict(config: config_dict.ConfigDict) -> CompareConfig:
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Train what is not yet trained, and write what the runs ended with."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in config.variants}
-    for seed in config.seeds:
-        for name, memory in config.variants:
-            found[name].append(last_validation(config, name, memory, seed))
-            logger.info("%s, seed %d: %s", name, seed, found[name][-1])
+    with Progress("comparison", len(config.seeds) * len(config.variants), "run") as bar:
+        for seed in config.seeds:
+            for name, memory in config.variants:
+                with bar.doing(f"training {name}, seed {seed}"):
+                    found[name].append(last_validation(config, name, memory, seed))
+                bar.update()
+                logger.info("%s, seed %d: %s", name, seed, found[name][-1])
     results = {
         "config": dataclasses.asdict(config),
         "losses": found,

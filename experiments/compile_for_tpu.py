@@ -32,6 +32,7 @@ from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.parameters import Partitioned
 from memdlm_jax.partitioning import row_shards
+from memdlm_jax.progress import Progress
 from memdlm_jax.training import ahead_of_time
 from memdlm_jax.training import state as states
 from memdlm_jax.training.ahead_of_time import Report, Work
@@ -175,9 +176,10 @@ def compile_step(config: CompileConfig) -> Report:
     layout = Layout(config.mesh.build(config.topology.devices()))
     for file in filter(None, (config.hlo, config.json)):
         storage.path(file).parent.mkdir(parents=True, exist_ok=True)
-    work = work_of(config, layout)
+    with Progress("tracing", unit=""):
+        work = work_of(config, layout)
     logger.info("traced in %.0f s, compiling for %s", work.seconds, config.topology.name)
-    with _effort(config.effort):
+    with _effort(config.effort), Progress("compiling", unit=""):
         report, text = ahead_of_time.compile_for(config.topology, layout, work)
     if config.hlo:
         storage.path(config.hlo).write_text(text)

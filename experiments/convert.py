@@ -11,6 +11,7 @@ other small files are copied.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from memdlm_jax.checkpoints import hub, hugging_face, orbax_model
 from memdlm_jax.checkpoints.training_state import CorruptCheckpoint, NoUsableCheckpoint
 from memdlm_jax.models import lora
 from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.progress import Progress
 from memdlm_jax.typing import Theta
 
 # What belongs to a model folder beside config and weights.
@@ -86,12 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=hugging_face.DTYPES)
     parser.add_argument("--shard-bytes", type=int, default=hugging_face.SHARD_BYTES)
     o = parser.parse_args(arguments)
+    logging.basicConfig()
+    logging.getLogger("memdlm_jax.progress").setLevel(logging.INFO)
     if o.shard_bytes < 1:
         parser.error(f"--shard-bytes={o.shard_bytes} must be at least 1")
     try:
         source, target = storage.path(hub.local(o.source)), storage.path(o.target)
         base = o.base and storage.path(o.base)
-        to = convert(source, target, o.to, base, o.dtype, o.shard_bytes)
+        with Progress(f"converting {o.source}", unit=""):
+            to = convert(source, target, o.to, base, o.dtype, o.shard_bytes)
     except (OSError, ImportError, ValueError, CorruptCheckpoint, NoUsableCheckpoint) as error:
         sys.exit(f"error: {error}")
     print(f"{o.target}: {to}")

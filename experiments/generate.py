@@ -40,6 +40,7 @@ from memdlm_jax.evaluation.systems import (
 )
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.inner_loop import inner_loop_for
+from memdlm_jax.progress import Progress
 from memdlm_jax.typing import Phi
 
 
@@ -311,13 +312,18 @@ def main(config: GenerateConfig) -> None:
         return
     for file in filter(None, (config.output, config.save_memory)):
         storage.path(file).parent.mkdir(parents=True, exist_ok=True)
-    first = next(found)  # What cannot be answered must not have emptied the file of the answers.
+    # Answers on a terminal show themselves how far it is.
+    quiet = not config.output and sys.stdout.isatty()
     with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(Progress("answers", len(prompts), "prompt", quiet=quiet))
+        # What cannot be answered must not have emptied the file of the answers.
+        first = next(found)
         out = sys.stdout
         if config.output:
             out = stack.enter_context(storage.path(config.output).open("w", encoding="utf-8"))
         for answer in itertools.chain([first], found):
             print(json.dumps(answer, ensure_ascii=False), file=out, flush=True)
+            bar.update()
 
 
 if __name__ == "__main__":

@@ -259,6 +259,9 @@ def main() -> None:
     """Hand over to the harness; an expected error is one line."""
     # Its bootstrap would fork processes beside JAX's threads, which may hang them.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    # The harness sets up its own loggers only; ours say how far the requests are.
+    logging.basicConfig()
+    logging.getLogger("memdlm_jax").setLevel(logging.INFO)
     try:
         config, sys.argv[1:] = distributed(sys.argv[1:])
         processes.start(config)

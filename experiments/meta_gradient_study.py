@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import glob
 import json
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +33,8 @@ from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.progress import Progress
 from memdlm_jax.typing import Batch, Theta
-
-logger = logging.getLogger(__name__)
 
 APPROXIMATE = gradients.MODES[:-1]
 
@@ -141,22 +139,27 @@ def examine(config: StudyConfig, name: str, folder: Path) -> dict[str, Any]:
         parts: dict[str, list] = {mode: [] for mode in APPROXIMATE}
         slopes: dict[str, list] = {mode: [] for mode in gradients.MODES}
         checks: list[dict[str, float]] = []
-        for i, batch in enumerate(batches(config, folder)):
-            found = {}
-            for mode in gradients.MODES:
-                given = arguments(config, denoiser, mode, i, theta, batch)
-                found[mode] = jax.device_get(gradients.gradient(*given))
-            for mode in APPROXIMATE:
-                rows[mode].append(gradients.compare(found[mode], found["exact"]))
-                parts[mode].append(gradients.compare_parts(found[mode], found["exact"], split))
-            for d in range(config.directions):
-                seed = (config.seed * config.batches + i) * config.directions + d
-                direction = gradients.unit_direction(seed, theta)
+        taken = batches(config, folder)
+        with Progress(name, config.batches * len(gradients.MODES), "gradient") as bar:
+            for i, batch in enumerate(taken):
+                found = {}
                 for mode in gradients.MODES:
-                    slopes[mode].append(gradients.along(found[mode], direction))
-                if i == 0 and d < config.checked:
-                    checks.append(checked(config, denoiser, theta, batch, direction, slopes))
-            logger.info("%s: batch %d of %d", name, i + 1, config.batches)
+                    given = arguments(config, denoiser, mode, i, theta, batch)
+                    found[mode] = jax.device_get(gradients.gradient(*given))
+                    bar.update()
+                for mode in APPROXIMATE:
+                    rows[mode].append(gradients.compare(found[mode], found["exact"]))
+                    parts[mode].append(gradients.compare_parts(found[mode], found["exact"], split))
+                for d in range(config.directions):
+                    seed = (config.seed * config.batches + i) * config.directions + d
+                    direction = gradients.unit_direction(seed, theta)
+                    for mode in gradients.MODES:
+                        slopes[mode].append(gradients.along(found[mode], direction))
+                    if i == 0 and d < config.checked:
+                        with bar.doing("checking by central differences"):
+                            checks.append(
+                                checked(config, denoiser, theta, batch, direction, slopes)
+                            )
     truth = np.array(slopes["exact"])
     return {
         "folder": str(folder),

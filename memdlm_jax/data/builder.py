@@ -1,6 +1,8 @@
 """Encoded rows as ArrayRecord files, written and read through TFDS without TensorFlow."""
 
 import collections
+import contextlib
+import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from jaxtyping import Int
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.sft import Encoder, Row
 from memdlm_jax.data.text import SPLITS, Split
+from memdlm_jax.progress import Progress
 
 _READ_AT_ONCE = 1024
 _PERCENTILES = (5, 25, 50, 75, 95, 100)
@@ -92,8 +95,12 @@ class RowReader:
     def lengths(self) -> tuple[Int[np.ndarray, "rows"], Int[np.ndarray, "rows"]]:
         """(ids of each row, ids of its prompt), both [rows] int32; reads everything once."""
         starts = range(0, len(self), _READ_AT_ONCE)
-        chunks = (self.take(range(s, min(s + _READ_AT_ONCE, len(self)))) for s in starts)
-        pairs = [(len(row.tokens), row.prompt_length) for chunk in chunks for row in chunk]
+        pairs: list[tuple[int, int]] = []
+        with Progress("reading lengths", len(self), "row", brief=True) as bar:
+            for start in starts:
+                chunk = self.take(range(start, min(start + _READ_AT_ONCE, len(self))))
+                pairs += [(len(row.tokens), row.prompt_length) for row in chunk]
+                bar.update(len(chunk))
         total, prompt = np.asarray(pairs, np.int32).reshape(-1, 2).T
         return total, prompt
 
@@ -118,18 +125,21 @@ def write_rows(directory: str | Path, sources: Sources, encoder: Encoder) -> dic
     """
     counters = {split: _Counter() for split in SPLITS}
     streams: dict[str, Iterable[dict[str, Any]]] = {}
-    for split in SPLITS:
-        rows = _rows(sources[split](), encoder, counters[split])
-        if (first := next(rows, None)) is not None:
-            streams[split] = itertools.chain([first], rows)
-        elif split == "train":
-            raise ValueError(
-                "the training split has no row: "
-                f"{dict(counters[split].dropped) or 'the sources gave no example'}; "
-                f"max_length={encoder.config.max_length}"
-            )
-    tfds.disable_progress_bar()
-    MemdlmRows(streams, data_dir=str(directory)).download_and_prepare()
+    with Progress("preparing data", unit="row") as bar:
+        for split in SPLITS:
+            rows = _rows(sources[split](), encoder, counters[split], bar)
+            if (first := next(rows, None)) is not None:
+                streams[split] = itertools.chain([first], rows)
+            elif split == "train":
+                raise ValueError(
+                    "the training split has no row: "
+                    f"{dict(counters[split].dropped) or 'the sources gave no example'}; "
+                    f"max_length={encoder.config.max_length}"
+                )
+        tfds.disable_progress_bar()
+        # TFDS prints that it downloads data of unknown size, but nothing is downloaded.
+        with contextlib.redirect_stdout(io.StringIO()):
+            MemdlmRows(streams, data_dir=str(directory)).download_and_prepare()
     return {split: counter.summary() for split, counter in counters.items()}
 
 
@@ -168,7 +178,7 @@ def _percentiles(values: list[int]) -> dict[str, int]:
 
 
 def _rows(
-    examples: Iterable[Example], encoder: Encoder, counter: _Counter
+    examples: Iterable[Example], encoder: Encoder, counter: _Counter, bar: Progress
 ) -> Iterator[dict[str, Any]]:
     """Encode examples; dropped ones are only counted."""
     for example in examples:
@@ -177,6 +187,7 @@ def _rows(
             counter.dropped[f"{example.source}: {row}"] += 1
             continue
         counter.add(row, example.source)
+        bar.update()
         yield {
             "tokens": row.tokens,
             "prompt_length": row.prompt_length,

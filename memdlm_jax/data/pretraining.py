@@ -16,6 +16,7 @@ from memdlm_jax.data.needles import NeedleConfig, NeedleTask, Template, wording
 from memdlm_jax.data.sft import EncodeConfig, Encoder, Row
 from memdlm_jax.data.text import Split, check_at_least
 from memdlm_jax.data.tokenizer import Tokenizer
+from memdlm_jax.progress import Progress
 from memdlm_jax.typing import Batch
 
 ANSWER_SLOTS = 16
@@ -218,14 +219,16 @@ def text_stream(tokenizer: Tokenizer, split: Split) -> np.ndarray:
         [n] int32; the speaker of the last turn is the assistant.
     """
     ids: list[int] = []
-    for group, turns in sources.chitchat_turns():
-        if sources.split_of(group) == split:
-            encoded = tokenizer.encode_batch([text for _, text in turns])
-            for (speaker, _), turn in zip(turns, encoded, strict=True):
-                is_last = speaker == turns[-1][0]
-                opening = tokenizer.assistant_id if is_last else tokenizer.user_id
-                ids.extend([opening, *turn, tokenizer.eos_id])
-    if split == "train":
-        for text in _reference_topics():
-            ids.extend([*tokenizer.encode(text), tokenizer.eos_id])
+    with Progress(f"encoding the {split} text", unit="conversation") as bar:
+        for group, turns in sources.chitchat_turns():
+            if sources.split_of(group) == split:
+                encoded = tokenizer.encode_batch([text for _, text in turns])
+                for (speaker, _), turn in zip(turns, encoded, strict=True):
+                    is_last = speaker == turns[-1][0]
+                    opening = tokenizer.assistant_id if is_last else tokenizer.user_id
+                    ids.extend([opening, *turn, tokenizer.eos_id])
+                bar.update()
+        if split == "train":
+            for text in _reference_topics():
+                ids.extend([*tokenizer.encode(text), tokenizer.eos_id])
     return np.asarray(ids, np.int32)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from memdlm_jax.data import tokenizer_files
 from memdlm_jax.data.chat import ChatMessages, ChatTemplate, hide, split_hidden
 from memdlm_jax.data.example import TURN_TOKENS
 from memdlm_jax.data.tokenizer_files import OUR_TOKENS, SpecialTokens
+from memdlm_jax.progress import Progress
 
 # GPT-style split. Digits come in groups of up to three and never share a piece with a space, so a
 # number has the same token wherever it stands; a line break never joins the punctuation before it,
@@ -328,7 +329,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_numbers: bool =
             f"vocab_size={vocab_size} must be at least {len(special) + _NUM_BYTES + len(numbers)}"
             f" with whole_numbers={whole_numbers}"
         )
-    vocab, merges = _learn_merges(_non_empty(texts), room, special, whole_numbers)
+    with Progress("training a tokenizer", unit="text") as bar:
+        counted = _counted(texts, bar)
+        vocab, merges = _learn_merges(counted, room, special, whole_numbers)
     for left, right in numbers:
         vocab[left + right] = len(vocab)
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges + numbers))
@@ -376,11 +379,10 @@ def _number_merges() -> list[tuple[str, str]]:
     return merges
 
 
-def _non_empty(texts: Iterable[str]) -> Iterable[str]:
-    """The texts, after checking that there is one."""
-    iterator = iter(texts)
-    first = next(iterator, None)
-    if first is None:
+def _counted(texts: Iterable[str], bar: Progress) -> Iterator[str]:
+    """The texts, counted; there must be one."""
+    for text in texts:
+        yield text
+        bar.update()
+    if not bar.done:
         raise ValueError("texts is empty: a tokenizer needs text to train on")
-    yield first
-    yield from iterator

@@ -4,9 +4,12 @@ A recording is a ``golden.npz``. Inputs: ``input_ids`` [b, l], and per case ``po
 ``attention_mask_CASE`` [b, l] or ``attend_CASE`` [l, l]. Outputs: a quantity, ``QUANTITY_CASE``
 under a case: ``logits``, ``logits_shifted``, ``hidden`` (embeddings and every layer),
 ``final_norm``, ``attn_out``, ``mlp_out``, and of routers ``router_logits``, ``topk_idx``,
-``topk_weight``, for all layers or ``..._layerN`` of one. A case ``bias01_CASE`` adds
-``attend_CASE`` as 0 and 1 to the scores. ``logits_bf16_compute`` is informative: bfloat16 moves
-tokens to other experts.
+``topk_weight``. A case ``bias01_CASE`` adds ``attend_CASE`` as 0 and 1 to the scores.
+``logits_bf16_compute`` is informative: bfloat16 moves tokens to other experts.
+
+What every layer has is recorded for all layers, stacked; for one, ``QUANTITY_CASE_layerN`` (N from
+0, ``hidden`` being the layer's output); or stacked for those that the input ``layers`` [k] numbers,
+``hidden`` with or without the embeddings before them.
 """
 
 import dataclasses
@@ -25,7 +28,7 @@ from memdlm_jax.typing import Context, Theta
 
 TOLERANCE = 5e-5
 _BFLOAT16 = "logits_bf16_compute"
-_INPUT = re.compile(r"input_ids|(positions|attention_mask|attend)(_.+)?$")
+_INPUT = re.compile(r"input_ids$|layers$|(positions|attention_mask|attend)(_.+)?$")
 _UNUSED = ("eos_token_id",)
 
 
@@ -37,7 +40,7 @@ class Compared:
         name: its key in the recording.
         error: largest absolute difference; for choices of experts, how many tokens differ.
         tolerance: largest error allowed; ``None`` if the comparison only informs.
-        note: why there is nothing to compare, or empty.
+        note: why there is nothing to compare, such as different shapes, or empty.
     """
 
     name: str
@@ -65,7 +68,7 @@ def compare(
         tolerance: largest absolute error, of everything but choices of experts, which are exact.
 
     Raises:
-        ValueError: there is no ``input_ids``.
+        ValueError: there is no ``input_ids``, or ``layers`` has a number that no layer has.
     """
     if "input_ids" not in golden:
         raise ValueError("the recording has no input_ids")
@@ -82,23 +85,22 @@ def _compare(replay: "_Replay", key: str, tolerance: float) -> Compared:
         note = "config.json names none" if mask is None else ""
         return Compared(key, float(mask not in (None, int(recorded))), 0.0, note)
     if key == _BFLOAT16:
-        return Compared(key, _error(recorded, replay.bfloat16()), None, "informative")
-    try:
-        ours, exact = replay.quantity(key)
-    except KeyError:
-        return Compared(key, float("nan"), tolerance, "unknown quantity or case")
+        ours, exact = np.asarray(replay.bfloat16()), False
+    else:
+        try:
+            ours, exact = replay.quantity(key)
+        except KeyError as error:
+            return Compared(key, float("nan"), tolerance, error.args[0])
+    if ours.shape != recorded.shape:
+        note = f"shape {recorded.shape} in the recording, {ours.shape} here"
+        return Compared(key, float("nan"), tolerance, note)
     if exact:
-        ours, recorded = np.sort(ours, -1), np.sort(recorded, -1)
-        wrong = np.any(ours != recorded, axis=-1) if ours.shape == recorded.shape else np.ones(1)
+        wrong = np.any(np.sort(ours, -1) != np.sort(recorded, -1), axis=-1)
         return Compared(key, float(np.sum(wrong)), 0.0)
-    return Compared(key, _error(recorded, ours), tolerance)
-
-
-def _error(recorded: np.ndarray, ours: Any) -> float:
-    ours = np.asarray(ours)
-    if recorded.shape != ours.shape:
-        return float("nan")
-    return float(np.max(np.abs(recorded - ours), initial=0))
+    error = float(np.max(np.abs(recorded - ours), initial=0))
+    if key == _BFLOAT16:
+        return Compared(key, error, None, "informative")
+    return Compared(key, error, tolerance)
 
 
 class _Replay:
@@ -108,33 +110,53 @@ class _Replay:
         self.denoiser, self.theta, self.golden = denoiser, theta, golden
         self._tokens = jnp.asarray(golden["input_ids"], jnp.int32)
         self._seen = functools.cache(self._inspect)
+        layers: Any = golden.get("layers", range(denoiser.num_layers))
+        self._layers = [int(layer) for layer in layers]
+        if unknown := set(self._layers) - set(range(denoiser.num_layers)):
+            raise ValueError(
+                f"layers of the recording has {sorted(unknown)}; the model has the layers 0 to "
+                f"{denoiser.num_layers - 1}"
+            )
 
     def quantity(self, key: str) -> tuple[np.ndarray, bool]:
         """Our value of a recorded key, and whether it must be equal exactly.
 
         Raises:
-            KeyError: the key is not understood.
+            KeyError: the key is not understood; says why.
         """
         for name, of in _QUANTITIES.items():
             if key == name or key.startswith(f"{name}_"):
                 case = key.removeprefix(name).removeprefix("_")
-                layer = re.fullmatch(r"layer(\d+)", case)
-                if layer and name in _ROUTERS:
-                    return self._router(name, "", int(layer[1]))
-                if name in _ROUTERS:
-                    return self._router(name, case, None)
-                return np.asarray(of(self, case)), False
-        raise KeyError(key)
+                if name not in _LAYERED:
+                    return np.asarray(of(self, case)), False
+                one = re.fullmatch(r"(?:(.+)_)?layer(\d+)", case)
+                if not one:
+                    return self._stacked(name, case, len(self.golden[key])), name == "topk_idx"
+                own = self._by_layer(name, one[1] or "")
+                if int(one[2]) not in own:
+                    raise KeyError(f"layer {one[2]} of the model has no {name}")
+                return np.asarray(own[int(one[2])]), name == "topk_idx"
+        raise KeyError(_UNKNOWN)
 
-    def _router(self, name: str, case: str, layer: int | None) -> tuple[np.ndarray, bool]:
-        """Router tensors of one layer, or of all; experts in the order of their number."""
-        routers = self._seen(case)["router"]
-        chosen = [routers[layer]] if layer is not None else list(routers.values())
+    def _stacked(self, name: str, case: str, count: int) -> np.ndarray:
+        """One array of the recorded layers; ``count`` is the length of the recorded array."""
+        own = self._by_layer(name, case)
+        chosen = [own[layer] for layer in self._layers if layer in own]
+        # Of some layers the embeddings may be left out.
+        if name == "hidden" and ("layers" not in self.golden or count != len(self._layers)):
+            chosen.insert(0, self.hidden(case)[0])
         if not chosen:
-            raise KeyError(name)
+            raise KeyError(f"no layer of the model has {name}")
+        return np.stack(chosen)
+
+    def _by_layer(self, name: str, case: str) -> Mapping[int, Any]:
+        """A quantity by number of the layer; of routers only layers that have one."""
+        if name not in _ROUTERS:
+            value = _QUANTITIES[name](self, case)
+            return dict(enumerate(value[1:] if name == "hidden" else value))
         part = {"router_logits": "logits", "topk_idx": "index", "topk_weight": "weights"}[name]
-        value = np.stack([self._ordered(name, router, part) for router in chosen])
-        return (value[0] if layer is not None else value), name == "topk_idx"
+        routers = self._seen(case)["router"]
+        return {layer: self._ordered(name, router, part) for layer, router in routers.items()}
 
     def _ordered(self, name: str, router: Mapping[str, jax.Array], part: str) -> np.ndarray:
         if name != "topk_weight":
@@ -154,12 +176,12 @@ class _Replay:
         """Mask and position ids of a case.
 
         Raises:
-            KeyError: there is no such case.
+            KeyError: the recording has no such case.
         """
         positions = self.golden.get(f"positions_{case}" if case else "positions")
         mask = self._mask(case)
         if case and mask is None and positions is None:
-            raise KeyError(case)
+            raise KeyError(_UNKNOWN)
         if positions is None:
             positions = self.golden.get("positions")
         return mask, None if positions is None else jnp.asarray(positions, jnp.int32)
@@ -222,7 +244,9 @@ class _Replay:
         return run(self.theta)
 
 
+_UNKNOWN = "unknown quantity or case"
 _ROUTERS = ("router_logits", "topk_idx", "topk_weight")
+_LAYERED = ("hidden", "attn_out", "mlp_out", *_ROUTERS)
 
 # Longer names first: ``logits_shifted`` is no case of ``logits``.
 _QUANTITIES: dict[str, Callable[[_Replay, str], Any]] = {

@@ -8,7 +8,8 @@ is 1 where errors do not feed on themselves (Pei et al., arXiv 2603.22241, secti
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import likelihood, statistics
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters
+from memdlm_jax.progress import Progress
 from memdlm_jax.typing import Batch, Denoiser, Key, Theta, Tokens
 
 
@@ -172,13 +174,17 @@ def evaluate(
     """
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} rows are too few: exposure bias needs at least 2")
-    found = {}
-    for system in systems:
-        static, sequential = dataset_curves(system, rows, config, pad_token_id, batch_size)
+    found, curves = {}, {}
+    with Progress("exposure bias", len(systems) * len(rows), "row") as bar:
+        for system in systems:
+            curves[system.name] = dataset_curves(
+                system, rows, config, pad_token_id, batch_size, bar.update
+            )
+    for name, (static, sequential) in curves.items():
         low, high = statistics.bootstrap(
             lambda s, q: q.mean(0) / s.mean(0), (static, sequential), config.resamples, config.seed
         )
-        found[system.name] = {
+        found[name] = {
             "static": static.mean(0).tolist(),
             "sequential": sequential.mean(0).tolist(),
             "ratio": (sequential.mean(0) / static.mean(0)).tolist(),
@@ -199,8 +205,12 @@ def dataset_curves(
     config: ExposureConfig,
     pad_token_id: int,
     batch_size: int = 8,
+    report: Callable[[int], Any] = lambda rows: None,
 ) -> tuple[Float[np.ndarray, "n s"], Float[np.ndarray, "n s"]]:
-    """``row_curves`` of every row, in the given order; rows of like length share a batch."""
+    """``row_curves`` of every row, in the given order; rows of like length share a batch.
+
+    ``report`` is called as by ``likelihood.over_rows``.
+    """
 
     def curves(places, batch, capacity):
         found = row_curves(
@@ -209,4 +219,4 @@ def dataset_curves(
         )  # fmt: skip
         return tuple(curve.T for curve in found)
 
-    return likelihood.over_rows(curves, rows, pad_token_id, batch_size)
+    return likelihood.over_rows(curves, rows, pad_token_id, batch_size, report)

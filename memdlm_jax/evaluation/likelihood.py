@@ -23,6 +23,7 @@ from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters
 from memdlm_jax.memory.written import write_prompts
+from memdlm_jax.progress import Progress
 from memdlm_jax.typing import Batch, Context, Denoiser, Key, Mask, Phi, Theta, Tokens
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -270,7 +271,12 @@ def evaluate(
         ValueError: fewer than two rows.
     """
     counts = np.array([len(row.tokens) - row.prompt_length for row in rows])
-    sums = {s.name: dataset_losses(s, rows, config, pad_token_id, batch_size) for s in systems}
+    sums = {}
+    with Progress("held-out loss", len(systems) * len(rows), "row") as bar:
+        for system in systems:
+            sums[system.name] = dataset_losses(
+                system, rows, config, pad_token_id, batch_size, bar.update
+            )
     return {
         "config": dataclasses.asdict(config),
         "rows": len(rows),
@@ -307,8 +313,12 @@ def dataset_losses(
     config: LikelihoodConfig,
     pad_token_id: int,
     batch_size: int = 8,
+    report: Callable[[int], Any] = lambda rows: None,
 ) -> Float[np.ndarray, "n"]:
-    """``row_losses`` of every row, in the given order; rows of like length share a batch."""
+    """``row_losses`` of every row, in the given order; rows of like length share a batch.
+
+    ``report`` is called as by ``over_rows``.
+    """
 
     def losses(places, batch, capacity):
         return row_losses(
@@ -316,7 +326,7 @@ def dataset_losses(
             jax.random.key(config.seed), places, batch, system.learned,
         )  # fmt: skip
 
-    return over_rows(losses, rows, pad_token_id, batch_size)
+    return over_rows(losses, rows, pad_token_id, batch_size, report)
 
 
 def over_rows(
@@ -324,6 +334,7 @@ def over_rows(
     rows: Sequence[Row],
     pad_token_id: int,
     batch_size: int,
+    report: Callable[[int], Any] = lambda rows: None,
 ) -> Any:
     """Measure all rows in batches of like length, compiled once for each width.
 
@@ -335,18 +346,25 @@ def over_rows(
         rows: encoded conversations.
         pad_token_id: fills short rows.
         batch_size: rows at a time.
+        report: called after every batch with the number of rows that all processes together have
+            measured since the last call, so that all calls add up to the number of rows.
 
     Returns:
         The tree with numpy leaves [n, ...] in the order of the rows.
     """
     order = np.argsort([len(row.tokens) for row in rows], kind="stable")
     capacity = up_to(32, max(len(row.tokens) - row.prompt_length for row in rows))
-    mine = []
+    mine, reported = [], 0
     for start in range(0, len(rows), batch_size)[jax.process_index() :: jax.process_count()]:
         # A short last batch repeats its last row: one shape, and the repeats write the same loss.
         places = order[np.minimum(np.arange(start, start + batch_size), len(rows) - 1)]
         part = measure(places, pad_rows([rows[i] for i in places], pad_token_id), capacity)
         mine.append((places, jax.device_get(part)))
+        # The others are about as far.
+        done = min(start + batch_size, len(rows))
+        report(done - reported)
+        reported = done
+    report(len(rows) - reported)
     found: Any = None
     for places, part in itertools.chain.from_iterable(processes.gather(mine)):
         if found is None:

@@ -34,6 +34,7 @@ from memdlm_jax.evaluation.needles import NeedleSuite, Outcome
 from memdlm_jax.evaluation.retrieval_answers import CONDITIONS, Answers, Memory, Run, Written
 from memdlm_jax.evaluation.retrieval_probes import Condition, Probe
 from memdlm_jax.evaluation.systems import System
+from memdlm_jax.progress import Progress
 
 SCORES = ("at_once", "left_to_right")
 PAIRS: tuple[tuple[Memory, Memory], ...] = (("off", "on"), ("control", "on"), ("off", "control"))
@@ -176,24 +177,27 @@ def evaluate(
     cells: list[dict[str, Any]] = []
     asked: list[Probe] = []
     pooled: dict[str, list[dict]] = {system.name: [] for system in systems}
-    for task, (here, others) in drawn.items():
-        cell: dict[str, Any] = _facts(task, here)
-        for system in systems:
-            found = {
-                memory: retrieval_answers.answer(
-                    system, memory, here, others, run, tokenizer, config.conditions
-                )
-                for memory in retrieval_answers.memories(system)
-            }
-            pooled[system.name].append(found)
-            measured = summarise(found, here) | {"samples": _samples(found, here[:3])}
-            if config.attention:
-                measured["attention"] = retrieval_attention.evaluate(
-                    system, here, run, tokenizer.pad_id
-                )
-            cell["systems"][system.name] = measured
-        cells.append(cell)
-        asked.extend(here)
+    each = len(config.conditions) * sum(len(retrieval_answers.memories(s)) for s in systems)
+    with Progress("retrieval", each * sum(len(h) for h, _ in drawn.values()), "question") as bar:
+        for task, (here, others) in drawn.items():
+            cell: dict[str, Any] = _facts(task, here)
+            for system in systems:
+                found = {
+                    memory: retrieval_answers.answer(
+                        system, memory, here, others, run, tokenizer, config.conditions, bar.update
+                    )
+                    for memory in retrieval_answers.memories(system)
+                }
+                pooled[system.name].append(found)
+                measured = summarise(found, here) | {"samples": _samples(found, here[:3])}
+                if config.attention:
+                    with bar.doing("measuring attention"):
+                        measured["attention"] = retrieval_attention.evaluate(
+                            system, here, run, tokenizer.pad_id
+                        )
+                cell["systems"][system.name] = measured
+            cells.append(cell)
+            asked.extend(here)
     return {
         "config": dataclasses.asdict(config),
         "cells": cells,

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import flax.struct
 import jax
@@ -243,6 +243,7 @@ def answer(
     run: Run,
     tokenizer: Tokenizer,
     conditions: Sequence[Condition] = CONDITIONS,
+    report: Callable[[int], Any] = lambda questions: None,
 ) -> dict[Condition, Answers]:
     """Write every row's memory once and ask its question under every condition.
 
@@ -257,6 +258,7 @@ def answer(
         run: sampler, lengths and seed.
         tokenizer: pads, and spells the replies.
         conditions: what becomes of the context.
+        report: called after every batch with its number of questions.
 
     Raises:
         FloatingPointError: the scores are not finite.
@@ -281,6 +283,7 @@ def answer(
             _check_finite(system, condition, memory, *scores)
             texts = systems.replies(tokenizer, decoded, run.decode.stop).texts
             found[condition].append([x[: rows.count] for x in (texts, *scores)])
+            report(rows.count)
     return {condition: _answers(parts, probes) for condition, parts in found.items()}
 
 

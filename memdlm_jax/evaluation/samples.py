@@ -11,6 +11,7 @@ from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation.systems import System, reply
+from memdlm_jax.progress import Progress
 
 
 def sample_replies(
@@ -29,10 +30,13 @@ def sample_replies(
         "prompt", "steps", "tokens"}``); ``response`` is the row's own, prompts spell their turns.
     """
     prompts = [row.tokens[: row.prompt_length].tolist() for row in rows]
-    replies = {
-        system.name: reply(system, tokenizer, prompts, config, seed=seed, max_length=max_length)
-        for system in systems
-    }
+    replies = {}
+    with Progress("sampled replies", len(systems) * len(rows), "prompt", brief=True) as bar:
+        for system in systems:
+            replies[system.name] = reply(
+                system, tokenizer, prompts, config, seed=seed, max_length=max_length
+            )
+            bar.update(len(rows))
     texts = [tokenizer.decode(prompt, skip_special=False) for prompt in prompts]
     samples = [
         {"prompt": texts[i], "response": tokenizer.decode(row.tokens[row.prompt_length :])}

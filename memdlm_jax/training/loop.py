@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import tqdm
 
 from memdlm_jax import processes, storage
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
+from memdlm_jax.progress import Progress
 from memdlm_jax.training import feed
 from memdlm_jax.training.feed import Batches
 from memdlm_jax.training.interruption import stop_on_sigterm
@@ -256,27 +256,23 @@ class _Loop:
         c, p = self.config, self.progress
         self.speed = Speed(self.steps, self.config.peak_flops)
         self.pending: list[tuple[int, Metrics]] = []
+        self.lengths: set[int] = set()
         self.saved = p.step
         trace = Trace(c.output, p.step, c.profile_steps if processes.is_first() else 0)
         batches = feed.ahead(lambda step: feed.put(self.steps, self.data, step), p.step, c.steps)
-        with contextlib.closing(batches), stop_on_sigterm() as stop, trace, self._bar() as bar:
+        self.bar = Progress("training", c.steps, "step", done=p.step)
+        with contextlib.closing(batches), stop_on_sigterm() as stop, trace, self.bar:
             while p.step < c.steps and not stop(p.step):
                 self._take_step(next(batches))
-                bar.update()
+                self.bar.update()
                 trace.after_step(p.step, p.state)
                 if self._reporting():
-                    self._report(bar)
-            if p.step > self.saved:
-                self._save()
-        self.checkpoints.wait()
+                    self._report()
+            with self.bar.doing("saving"):
+                if p.step > self.saved:
+                    self._save()
+                self.checkpoints.wait()
         return Result(p.state, p.best_step, p.best_loss, p.step >= c.steps)
-
-    def _bar(self) -> tqdm.tqdm:
-        """Progress with the time left; silent where the output is no terminal."""
-        return tqdm.tqdm(
-            total=self.config.steps, initial=self.progress.step, unit="step", dynamic_ncols=True,
-            disable=None if processes.is_first() else True,
-        )  # fmt: skip
 
     def _due(self, *periods: int) -> bool:
         """Whether the step just taken is the last, or a multiple of one of the periods."""
@@ -291,17 +287,21 @@ class _Loop:
         """Dispatch one step; nothing here waits for the device."""
         c, p = self.config, self.progress
         key = jax.random.fold_in(jax.random.key(c.seed), p.step)
-        self.speed.count(p.state, batch.shapes)
-        p.step += 1
-        p.state, metrics = self.steps.train(p.state, batch, key, self._reporting())
+        length = batch.shapes.tokens.shape[-1]
+        new = length not in self.lengths
+        self.lengths.add(length)
+        with self.bar.doing(f"compiling for rows of {length} tokens" if new else ""):
+            self.speed.count(p.state, batch.shapes)
+            p.step += 1
+            p.state, metrics = self.steps.train(p.state, batch, key, self._reporting())
         self.pending.append((p.step, metrics))
 
-    def _report(self, bar: tqdm.tqdm) -> None:
+    def _report(self) -> None:
         """Check, validate and save as is due; write one line of metrics."""
         taken = self._checked()
         metrics = taken[-1] if taken else {}
         metrics |= self.speed.since_last_report(int(sum(one["tokens"] for one in taken)))
-        bar.set_postfix(loss=metrics["loss/memory_off"])
+        self.bar.update(0, loss=metrics["loss/memory_off"])
         loss, every = None, self.config.validate_every
         if self.validation and every and self._due(every):
             scores = self._validate()
@@ -326,8 +326,9 @@ class _Loop:
         return [{name: float(value) for name, value in one.items()} for _, one in pending]
 
     def _validate(self) -> dict[str, float]:
-        p = self.progress
-        scores = validate(self.steps, p.state.theta, self.validation, self.config.validation_seed)
+        p, seed = self.progress, self.config.validation_seed
+        with self.bar.doing("validating"):
+            scores = validate(self.steps, p.state.theta, self.validation, seed)
         if not math.isfinite(scores["loss/memory_off"]):
             raise NotFinite(f"step {p.step}: validation loss is {scores}")
         return scores

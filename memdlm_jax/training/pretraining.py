@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from memdlm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from memdlm_jax.diffusion import masking
 from memdlm_jax.diffusion.schedule import Schedule
 from memdlm_jax.typing import Batch, Key
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +50,6 @@ def tokenizer_at(path: str | Path, vocab_size: int) -> Tokenizer:
     """Load the tokenizer at ``path``, or train one on the corpus and store it there."""
     if storage.path(path).exists():
         return Tokenizer.load(path)
-    logger.info("training a tokenizer of %d entries", vocab_size)
     tokenizer = train_tokenizer(tokenizer_text(), vocab_size)
     tokenizer.save(path)
     return tokenizer

@@ -69,8 +69,70 @@ def test_what_is_not_understood_is_no_success(folder, capsys):
     change_golden(folder, logits_upsidedown=np.zeros(3), loss=np.zeros(()))
     code, said = run(capsys, folder)
     assert code == 1
-    assert "DIFFERS logits_upsidedown nan unknown quantity or case" in said
-    assert "DIFFERS loss nan unknown" in said
+    assert "DIFFERS logits_upsidedown unknown quantity or case" in said
+    assert "DIFFERS loss unknown quantity or case" in said
+
+
+def test_different_shapes_are_named(folder, capsys):
+    """With a cut array, ``nan`` alone would not tell a wrong model from a wrong recording."""
+    with np.load(folder / "golden.npz") as golden:
+        hidden, logits = golden["hidden"][:-1], golden["logits_bf16_compute"][..., :-1]
+    change_golden(folder, hidden=hidden, logits_bf16_compute=logits)
+    code, said = run(capsys, folder)
+    assert code == 1 and "nan" not in said
+    assert "DIFFERS hidden shape (3, 2, 17, 64) in the recording, (4, 2, 17, 64) here" in said
+    assert "DIFFERS logits_bf16_compute shape (2, 17, 383) in the recording, (2, 17, 384)" in said
+
+
+def golden_of(name):
+    with np.load(GOLDEN / name / "golden.npz") as golden:
+        return {key: golden[key] for key in golden.files}
+
+
+def compared(name, recording):
+    denoiser, theta = hugging_face.load(GOLDEN / name)
+    found = backbones.compare(denoiser, theta, recording, backbones.TOLERANCE)
+    return {c.name: c for c in found}
+
+
+def test_a_recording_of_some_layers_is_compared_layer_by_layer():
+    golden = golden_of("llada_moe")
+    inputs = {key: golden[key] for key in ("input_ids", "attention_mask_rightpad")}
+    few = {
+        "layers": np.array([0, 2]),
+        "hidden": golden["hidden"][[0, 1, 3]],
+        "attn_out": golden["attn_out"][[0, 2]],
+        "router_logits": golden["router_logits"][[0, 2]],
+        "topk_idx": golden["topk_idx"][[0, 2]],
+        "topk_weight": golden["topk_weight"][[0, 2]],
+        "hidden_rightpad": golden["hidden_rightpad"][[1, 3]],
+        "hidden_rightpad_layer1": golden["hidden_rightpad"][2],
+        "hidden_layer2": golden["hidden"][3],
+        "mlp_out_layer1": golden["mlp_out"][1],
+        "topk_idx_layer1": golden["topk_idx"][1],
+    }
+    found = compared("llada_moe", inputs | few)
+    assert set(found) == set(few) - {"layers"}
+    assert all(one.equal for one in found.values())
+    # The numbers matter: other layers are not equal.
+    found = compared("llada_moe", inputs | few | {"layers": np.array([0, 1])})
+    same = {"topk_idx_layer1", "mlp_out_layer1", "hidden_layer2", "hidden_rightpad_layer1"}
+    assert {name for name, one in found.items() if one.equal} == same
+
+
+def test_layers_that_the_model_lacks_are_named():
+    golden = golden_of("llada2_0")  # Its first layer has no experts.
+    inputs = {"input_ids": golden["input_ids"]}
+    wrong = {
+        "attn_out_layer3": golden["attn_out"][2],
+        "topk_idx_layer0": golden["topk_idx_layer1"],
+    }
+    found = compared("llada2_0", inputs | wrong)
+    assert found["attn_out_layer3"].note == "layer 3 of the model has no attn_out"
+    assert found["topk_idx_layer0"].note == "layer 0 of the model has no topk_idx"
+    assert not any(one.equal for one in found.values())
+    with pytest.raises(ValueError, match=r"layers of the recording has \[7\].*layers 0 to 2"):
+        compared("llada2_0", inputs | {"layers": np.array([1, 7])})
 
 
 def test_one_bad_folder_does_not_hide_the_others(folder, tmp_path, capsys):

@@ -9,13 +9,12 @@ import dataclasses
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from memdlm_jax import processes
 from memdlm_jax.data.tokenizer import Tokenizer
@@ -34,6 +33,7 @@ from memdlm_jax.evaluation.likelihood import LikelihoodConfig, up_to
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.inference import data_parallel
 from memdlm_jax.inference.generation import Generator, Prompts
+from memdlm_jax.progress import Progress
 from memdlm_jax.typing import Key
 
 try:
@@ -176,7 +176,7 @@ class HarnessModel(LM):
             return places, self._answer([asked[i] for i in places], *how)
 
         _check_same([request.args for request in requests])
-        with tqdm(total=len(asked), desc="generate_until", disable=disable_tqdm) as bar:
+        with Progress("generate_until", len(asked), "request", quiet=disable_tqdm) as bar:
             for places, texts in processes.shared_out(batches, answer):
                 for place, text in zip(places, texts, strict=True):
                     answers[place] = text
@@ -276,11 +276,19 @@ class HarnessModel(LM):
             pad_token_id=self.vocabulary.pad_id, max_length=self.max_length,
             batch_size=self.batch_size,
         )  # fmt: skip
-        bar = tqdm(found, total=len(mine), desc=name, disable=quiet)
-        own = ((mine[place], one) for place, one in bar)
+        own = self._counted(found, mine, Progress(name, len(mine), "request", quiet=quiet))
         if not processes.several():
             return own
         return itertools.chain.from_iterable(processes.gather(list(own)))
+
+    @staticmethod
+    def _counted(
+        found: Iterable[tuple[int, continuations.Score]], mine: Sequence[int], bar: Progress
+    ) -> Iterator[tuple[int, continuations.Score]]:
+        with bar:
+            for place, one in found:
+                bar.update()
+                yield mine[place], one
 
     def _asked(self, requests: Sequence[Any]) -> Iterator[Request]:
         """The requests, in order."""
