@@ -24,8 +24,9 @@ from benchmarks._shapes import SHAPES, Shape
 from benchmarks.step import VARIANTS, program
 from memdlm_jax.data import buckets
 from memdlm_jax.data.builder import write_rows
+from memdlm_jax.data.corpora import SourceConfig
 from memdlm_jax.data.pipeline import Pipeline, PipelineConfig, make_pipeline
-from memdlm_jax.data.prepare import DataConfig, PreparedData, SourceConfig, examples, prepare
+from memdlm_jax.data.prepare import DataConfig, PreparedData, examples, prepare
 from memdlm_jax.data.sft import EncodeConfig, Encoder
 from memdlm_jax.training.feed import ahead
 from memdlm_jax.training.parallel import CompiledSteps

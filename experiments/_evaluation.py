@@ -5,6 +5,7 @@ from typing import Literal
 
 from experiments import _memory, _model, _stages
 from memdlm_jax.checkpoints import hugging_face
+from memdlm_jax.data.corpora import SourceConfig
 from memdlm_jax.data.text import Split
 from memdlm_jax.data.tokenizer import Tokenizer
 from memdlm_jax.diffusion.samplers import DecodeConfig
@@ -26,7 +27,7 @@ class HeldOutConfig:
     """Conversations for the held-out loss and the sampled replies.
 
     Attributes:
-        path: JSON lines as for fine-tuning; empty takes the chitchat corpus.
+        path: JSON lines as for fine-tuning; empty takes ``source``.
         split: which lines of ``path``; ``all`` is for a file that nothing was trained on, empty is
             the split of everything else.
         rows: one of each conversation, at most this many.
@@ -67,7 +68,8 @@ class EvaluateConfig:
         tasks: cells of the benchmark tasks; ``None`` leaves them out.
         exposure: exposure bias on the held-out conversations; ``None`` leaves it out.
         retrieval: the probe of what memory alone knows; ``None`` leaves it out.
-        haystack: folder of text for the haystacks; empty takes the chitchat corpus.
+        source: corpus of the haystacks and the held-out conversations.
+        haystack: folder of text for the haystacks; empty takes ``source``.
         split: held-out split that everything comes from, own conversations aside.
         seed: of memory, sampling noise and the choice of conversations; the tasks' memory and
             noise have those of their questions.
@@ -91,6 +93,7 @@ class EvaluateConfig:
     tasks: TaskSuite | None = None
     exposure: ExposureConfig | None = None
     retrieval: RetrievalConfig | None = None
+    source: SourceConfig = dataclasses.field(default_factory=SourceConfig)
     haystack: str = ""
     split: Split = "test"
     seed: int = 0

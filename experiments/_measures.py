@@ -10,8 +10,9 @@ from experiments import _stages
 from experiments._evaluation import EvaluateConfig, Loaded
 from memdlm_jax import processes, storage
 from memdlm_jax.data import sources
+from memdlm_jax.data.corpora import SourceConfig
 from memdlm_jax.data.needles import Episode, string_match_all
-from memdlm_jax.data.sft import Row
+from memdlm_jax.data.sft import EncodeConfig, Encoder, Row
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import (
     asking,
@@ -32,9 +33,8 @@ from memdlm_jax.progress import Progress
 
 def haystack(config: EvaluateConfig) -> list[str]:
     """Sentences of the haystacks, of the split that everything comes from."""
-    if config.haystack:
-        return list(sources.text_sentences(config.haystack, config.split))
-    return list(sources.chitchat_sentences(config.split))
+    source = SourceConfig("text", config.haystack) if config.haystack else config.source
+    return source.corpus.sentences(source, config.split)
 
 
 def ask_needles(
@@ -191,8 +191,10 @@ def held_out_rows(config: EvaluateConfig, loaded: Loaded) -> list[Row]:
         examples = list(sources.jsonl_examples(held.path, None if split == "all" else split))
         taken = f"{len(examples)} of {total} examples of {held.path}"
     else:
-        examples = list(sources.chitchat_examples(config.split))
-        taken = f"{len(examples)} examples of the chitchat corpus"
+        encoder = Encoder(loaded.tokenizer, EncodeConfig(held.max_length))
+        found = config.source.corpus.examples(config.source, config.split, encoder, config.seed)
+        examples = list(found)
+        taken = f"{len(examples)} examples of the {config.source.kind} corpus"
     groups = len({example.group for example in examples})
     try:
         rows = likelihood.held_out_rows(
@@ -232,6 +234,7 @@ def remembered(
         (its results, the seconds it took when it was computed).
     """
     settings = dataclasses.asdict(config)
+    settings["source"] = config.source.corpus.fingerprint(config.source)
     if config.haystack and config.retrieval:
         settings["haystack"] = _stages.digest(haystack(config))
     for unread in ("output", "mdlm", "memdlm", "under", "needles", "tasks", "task_decode"):

@@ -24,7 +24,7 @@ from ml_collections import config_dict
 from experiments import _cli, _evaluation, _measures, _memory, _model
 from experiments._evaluation import EvaluateConfig, Loaded
 from memdlm_jax import processes, storage
-from memdlm_jax.data.prepare import installed_version
+from memdlm_jax.data.corpora import installed_version
 from memdlm_jax.evaluation import report
 from memdlm_jax.evaluation.asking import Answers
 

@@ -111,7 +111,9 @@ def run(config: PretrainConfig) -> tuple[Path, Result]:
     output = storage.path(config.train.output)
     tokenizer_file = storage.path(config.tokenizer or output / "tokenizer.json")
     tokenizer = processes.first_alone(
-        lambda: pretraining.tokenizer_at(tokenizer_file, config.model.vocab_size)
+        lambda: pretraining.tokenizer_at(
+            tokenizer_file, config.model.vocab_size, config.data.source
+        )
     )
     _check_vocabulary(config.model, tokenizer)
     denoiser = LLaDA(config.model)

@@ -24,7 +24,7 @@ from experiments.finetune import FinetuneConfig
 from memdlm_jax import storage
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
-from memdlm_jax.data.prepare import SourceConfig
+from memdlm_jax.data.corpora import SourceConfig
 from memdlm_jax.evaluation import figures, report
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.training.sharding import MeshConfig

@@ -147,7 +147,7 @@ def map_groups(function: Callable, groups: int, in_axes: Any = 0, out_axes: Any 
 
 
 _INPUTS, _OUTPUTS = ("embed", "hidden"), ("hidden", "embed")
-_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+_RULES: list[tuple[str, tuple[str | None, ...]]] = [
     (r"(^|/)embedding", ("vocab", "embed")),
     (r"(^|/)unembedding", ("embed", "vocab")),
     (r"_norm/scale", (None,)),
@@ -160,11 +160,23 @@ _RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|/)experts/down_proj(/kernel)?", ("experts", *_OUTPUTS)),
     (r"(gate_proj|up_proj)(/kernel)?", _INPUTS),
     (r"down_proj(/kernel)?", _OUTPUTS),
-)
+]
 """End of a parameter's path -> names of its last dimensions; the first rule that fits counts."""
 
 _PART = re.compile(r"/(kernel|delta)(?:/base|/delta)?(/codes|/scales|/A|/B|/W|/key)?$")
 """What stands in the place of a matrix, and which piece of it a leaf is."""
+
+
+def name_dimensions(path: str, *names: str | None) -> None:
+    """Name the last dimensions of a parameter of your own; a backbone's module calls this.
+
+    Args:
+        path: end of the parameter's path, a regular expression; it goes before the known ones.
+        names: keys of ``PARAMETER_AXIS_OF``, ``None`` for a dimension that stays whole.
+    """
+    if unknown := set(names) - {None, *PARAMETER_AXIS_OF}:
+        raise ValueError(f"names={names} has {unknown}, must be of {[*PARAMETER_AXIS_OF]} or None")
+    _RULES.insert(0, (path, names))
 
 
 def parameter_dimensions(path: str, ndim: int) -> tuple[str | None, ...]:
@@ -199,7 +211,8 @@ def _named_dimensions(path: str) -> tuple[str | None, ...]:
         if re.search(pattern + "$", matrix):
             return _of_part(names, part)
     raise ValueError(
-        f"no sharding rule covers parameter {path}: give it one in memdlm_jax/partitioning.py"
+        f"no sharding rule covers parameter {path}: name its dimensions by "
+        "partitioning.name_dimensions in the module of its model"
     )
 
 

@@ -13,7 +13,7 @@ from experiments.configs import finetune_needles
 from experiments.configs import generate as generation
 from memdlm_jax import storage
 from memdlm_jax.checkpoints import hugging_face, orbax_model, trees, weights
-from memdlm_jax.data import prepare, sources
+from memdlm_jax.data import corpora, prepare, sources
 from memdlm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from memdlm_jax.evaluation import figures, report
 from memdlm_jax.evaluation.asking import Answers
@@ -123,13 +123,13 @@ def test_text_and_rows(buckets, tmp_path):
     ]  # fmt: skip
     ((group, sentences),) = sources.text_sections("gs://b/in")
     assert group == "more/notes.md#0" and len(sentences) == 2
-    source = prepare.SourceConfig("jsonl", path="gs://b/in/rows.jsonl")
+    source = corpora.SourceConfig("jsonl", path="gs://b/in/rows.jsonl")
     config = prepare.DataConfig("gs://b/data", (source,), vocab_size=1260)
     found, again = prepare.prepare(config), prepare.prepare(config)
     assert found.directory.name == again.directory.name and "://" not in str(found.directory)
     assert (buckets / "b/data" / found.directory.name / "summary.json").exists()
     (tmp_path / "rows.jsonl").write_text(text)
-    source = prepare.SourceConfig("jsonl", path=str(tmp_path / "rows.jsonl"))
+    source = corpora.SourceConfig("jsonl", path=str(tmp_path / "rows.jsonl"))
     local = prepare.prepare(prepare.DataConfig(str(tmp_path / "d"), (source,), vocab_size=1260))
     assert local.directory.name == found.directory.name
     one, other = local.rows("train")[0], again.rows("train")[0]

@@ -26,6 +26,7 @@ def get_config() -> config_dict.ConfigDict:
     config.output = "runs/evaluate"
     config.mdlm = ""
     config.memdlm = ""
+    config.source = {"kind": "chitchat", "path": ""}
     config.haystack = ""
     config.split = "test"
     config.seed = 0

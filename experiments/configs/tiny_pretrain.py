@@ -57,6 +57,7 @@ def _retrieval() -> ConfigDict:
     config.data = ConfigDict(
         {
             "seed": 0,
+            "source": {"kind": "chitchat_and_topics", "path": ""},
             "text_length": 256,
             "text_rows": 16,
             "needle_lengths": (96, 128, 192, 320, 512),

@@ -1,27 +1,45 @@
-"""The published families: their config fields, their tensor names, and what we make of both.
+"""From a published ``config.json`` to a model and back, and where its tensors go.
 
-Facts from the published configs and modelling files. A published setting that changes the
-computation and that we do not compute is refused by name, never ignored.
+The facts about each family are in ``models``. A published setting that changes the computation and
+that we do not compute is refused by name, never ignored.
 """
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from memdlm_jax.checkpoints import published_configs
-from memdlm_jax.checkpoints.published_configs import Published
+from memdlm_jax import storage
+from memdlm_jax.checkpoints.folders import read_json
+from memdlm_jax.models import published as _registered  # noqa: F401 (the backbones of the package)
 from memdlm_jax.models.config import runs_of
-from memdlm_jax.models.dream import Dream
-from memdlm_jax.models.llada import LLaDA
-from memdlm_jax.models.llada2 import LLaDA2
-from memdlm_jax.models.llada_moe import LLaDAMoE
+from memdlm_jax.models.family import Published, family_of
 from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.registry import BACKBONES
 
 logger = logging.getLogger(__name__)
+
+OUR_KEY = "memdlm_backbone"
+"""Key of ``config.json`` that names a backbone outside the package: ``MODULE:CLASS``."""
+
+# What no family has, and other models' configs may ask for: never ignored.
+_NOWHERE: dict[str, tuple] = {
+    "attn_logit_softcapping": (None,),
+    "clip_qkv": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_softcap": (None,),
+    "norm_softmax": (False, None),
+    "quantization_config": (None,),
+    "rope_scaling": (None,),
+    "sliding_window_pattern": (None,),
+    "use_mrope": (False, None),
+    "use_sliding_window": (False, None),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,47 +59,20 @@ class Entry:
     transposed: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How a family is published.
-
-    Attributes:
-        architectures: class names in ``architectures``.
-        model_types: ``model_type`` of the release, and those that other programs ask users for.
-        denoiser: our class.
-        read: published config -> fields of our config.
-        write: our config -> published config.
-        fixed: settings that change the computation -> the values that we compute, the one we
-            write first; a setting that is not there has that value.
-        dropouts: its dropout rates, all zero in the releases.
-        top: our path -> published name, outside the layers.
-        layer: published prefix of layer ``{}``.
-        names: our path in a layer -> published name in it, ``{}`` for the expert.
-    """
-
-    architectures: tuple[str, ...]
-    model_types: tuple[str, ...]
-    denoiser: Callable[[Any], Transformer]
-    read: Callable[[Published], Any]
-    write: Callable[[Any], dict[str, Any]]
-    fixed: Mapping[str, tuple]
-    dropouts: tuple[str, ...]
-    top: Mapping[str, str]
-    layer: str
-    names: Mapping[str, str]
-
-
 def entries(
-    family: Family, denoiser: Transformer, stacked: Callable[[str], bool] = lambda name: False
+    denoiser: Transformer, stacked: Callable[[str], bool] = lambda name: False
 ) -> Iterator[Entry]:
     """All published tensors of a model.
 
     Args:
-        family: how it is published.
         denoiser: the model.
         stacked: published name of a stack of experts (``...experts.gate_proj``) -> whether they
             lie in one tensor, as the official training code of LLaDA2 merges them.
+
+    Raises:
+        ValueError: the model has no published form, or its family does not name a parameter.
     """
+    family = family_of(type(denoiser))
     shapes = jax.eval_shape(denoiser.init, jax.random.key(0))
     runs = {run.name: run for run in runs_of(denoiser.config)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -89,9 +80,9 @@ def entries(
         full = "/".join((first, *rest))
         transposed = rest[-1:] == ["kernel"] or first == "unembedding"
         if first not in runs:
-            yield Entry(full, (), family.top[full], transposed)
+            yield Entry(full, (), _name(family.top, full, denoiser), transposed)
             continue
-        name = family.names["/".join(rest)]
+        name = _name(family.names, "/".join(rest), denoiser)
         for i in range(runs[first].length):
             prefix = family.layer.format(runs[first].first + i)
             if "{}" not in name:
@@ -105,43 +96,70 @@ def entries(
                 yield Entry(full, (i, expert), prefix + name.format(expert), transposed)
 
 
-def family_of(published: Published, where: Path | str) -> Family:
-    """The family that a published config belongs to.
+def _name(names: Mapping[str, str], path: str, denoiser: Transformer) -> str:
+    if path not in names:
+        raise ValueError(f"the family of {type(denoiser).__name__} names no tensor for {path}")
+    return names[path]
 
-    ``architectures`` decides; without it ``model_type`` does. LLaDA-MoE shares its ``model_type``
-    with dense LLaDA and is told by ``num_experts``.
+
+def backbone_of(published: Published, where: Path | str) -> type[Transformer]:
+    """The class of the backbone that a published config describes.
+
+    ``memdlm_backbone`` decides, then ``architectures``; without both ``model_type`` does, and among
+    families of one ``model_type`` the field that marks one of them.
+
+    Args:
+        published: content of ``config.json``.
+        where: its file, for messages; a module beside it is never imported.
 
     Raises:
         ValueError: none is known, naming the fields and what is known.
     """
-    named = published.get("architectures") or []
-    kind = published.get("model_type")
-    for family in FAMILIES:
+    if OUR_KEY in published:
+        field = f"{where}: {OUR_KEY}"
+        _refuse_code_of(Path(where).parent, published[OUR_KEY], field)
+        return _checked(BACKBONES(published[OUR_KEY], field), f"{field}={published[OUR_KEY]!r}")
+    known = [_checked(BACKBONES(name), f"backbone {name!r}") for name in BACKBONES.names()]
+    families = {backbone: family_of(backbone) for backbone in known}
+    named, kind = published.get("architectures") or [], published.get("model_type")
+    for backbone, family in families.items():
         if set(named) & set(family.architectures):
-            return family
-    if not named:
-        for family in FAMILIES:
-            shared = kind == "llada" and ("num_experts" in published) != (family is LLADA_MOE)
-            if kind in family.model_types and not shared:
-                return family
-    known = [name for family in FAMILIES for name in family.architectures]
-    types = sorted({name for family in FAMILIES for name in family.model_types})
+            return backbone
+    fitting = [] if named else [b for b, family in families.items() if kind in family.model_types]
+    if fitting:
+        marked = [b for b in fitting if families[b].marker in published]
+        plain = [b for b in fitting if not families[b].marker]
+        return (marked or plain or fitting)[0]
+    architectures = [name for family in families.values() for name in family.architectures]
+    types = sorted({name for family in families.values() for name in family.model_types})
     raise ValueError(
-        f"{where}: architectures={named} must be one of {known}; where it is missing, "
-        f"model_type={kind!r} must be one of {types}"
+        f"{where}: architectures={named} must be one of {architectures}; where it is missing, "
+        f"model_type={kind!r} must be one of {types}; or {OUR_KEY} must name your own MODULE:CLASS"
     )
 
 
-def family_for(denoiser: Transformer) -> Family:
-    """The family of one of our models.
+def _checked(found: Any, what: str) -> type[Transformer]:
+    """The backbone, if it is a class that says how it is published."""
+    if not (isinstance(found, type) and issubclass(found, Transformer)):
+        raise ValueError(f"{what} is {found!r}, must be a subclass of Transformer with a Family")
+    family_of(found)
+    return found
 
-    Raises:
-        ValueError: it has no published form.
-    """
-    for family in FAMILIES:
-        if family.denoiser is type(denoiser):
-            return family
-    raise ValueError(f"{type(denoiser).__name__} has no published form")
+
+def _refuse_code_of(folder: Path, name: Any, field: str) -> None:
+    """Raise ValueError if a module would be imported from a model folder or from around it."""
+    module = str(name).partition(":")[0]
+    top = module.partition(".")[0]
+    spec = None if not top or module in sys.modules else PathFinder.find_spec(top)
+    if spec is None:
+        return
+    for place in spec.submodule_search_locations or (str(spec.origin),):
+        source, model = Path(place).resolve(), folder.resolve()
+        if source.is_relative_to(model) or model.is_relative_to(source):
+            raise ValueError(
+                f"{field}={name!r} is code beside the weights, in {source}, which is never run: "
+                "move the module to another folder on Python's path"
+            )
 
 
 def denoiser_of(published: Published, where: Path | str, **changes: Any) -> Transformer:
@@ -156,10 +174,11 @@ def denoiser_of(published: Published, where: Path | str, **changes: Any) -> Tran
         ValueError: an unknown architecture, an unsupported setting (all are listed), a missing
             field, or sizes that do not fit together.
     """
-    family = family_of(published, where)
+    backbone = backbone_of(published, where)
+    family = family_of(backbone)
     wrong = [
         f"{name}={published[name]!r} is unsupported, only {allowed[0]!r}"
-        for name, allowed in {**published_configs.NOWHERE, **family.fixed}.items()
+        for name, allowed in {**_NOWHERE, **family.fixed}.items()
         if name in published and published[name] not in allowed
     ]
     if wrong:
@@ -173,131 +192,33 @@ def denoiser_of(published: Published, where: Path | str, **changes: Any) -> Tran
         raise ValueError(f"{where}: the field {error} is missing") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    return family.denoiser(dataclasses.replace(config, **changes))
+    return backbone(dataclasses.replace(config, **changes))
 
 
-def published_config(denoiser: Transformer, dtype: str) -> dict[str, Any]:
-    """``config.json`` of one of our models, with parameters of ``dtype``."""
-    family = family_for(denoiser)
+def published_config(
+    denoiser: Transformer, dtype: str, like: str | Path | None = None
+) -> dict[str, Any]:
+    """``config.json`` of one of our models.
+
+    Args:
+        denoiser: the model.
+        dtype: of its parameters.
+        like: a model folder whose further fields are kept.
+    """
+    kept = read_json(storage.path(like) / "config.json") if like else {}
+    kept.pop(OUR_KEY, None)
+    backbone = type(denoiser)
+    family = family_of(backbone)
     fixed = {name: allowed[0] for name, allowed in family.fixed.items()}
     named: dict[str, Any] = {
         "architectures": [family.architectures[0]],
         "model_type": family.model_types[0],
         "torch_dtype": dtype,
     }
+    if backbone.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        named[OUR_KEY] = f"{backbone.__module__}:{backbone.__qualname__}"
     if denoiser.config.mask_token_id is not None:
         named["mask_token_id"] = denoiser.config.mask_token_id
     # The published Python defaults are 0.1 in places.
     named |= dict.fromkeys(family.dropouts, 0.0)
-    return fixed | named | family.write(denoiser.config)
-
-
-_SWIGLU = ("gate_proj", "up_proj", "down_proj")
-_ATTENTION = {
-    f"attention/{name}/{leaf}": f"self_attn.{name}.{kind}"
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-    for leaf, kind in (("kernel", "weight"), ("bias", "bias"))
-}
-_NORMS = {
-    "attention_norm/scale": "input_layernorm.weight",
-    "mlp_norm/scale": "post_attention_layernorm.weight",
-}
-_DENSE = {f"mlp/{name}/kernel": f"mlp.{name}.weight" for name in _SWIGLU}
-_EXPERTS = {
-    "mlp/router/gate/kernel": "mlp.gate.weight",
-    **{f"mlp/experts/{name}/kernel": f"mlp.experts.{{}}.{name}.weight" for name in _SWIGLU},
-}
-_TOP = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm/scale": "model.norm.weight",
-    "unembedding": "lm_head.weight",
-}
-
-LLADA = Family(
-    architectures=("LLaDAModelLM",),
-    model_types=("llada",),
-    denoiser=LLaDA,
-    read=published_configs.read_llada,
-    write=published_configs.write_llada,
-    fixed=published_configs.LLADA_FIXED,
-    dropouts=("attention_dropout", "embedding_dropout", "residual_dropout"),
-    top={
-        "embedding": "model.transformer.wte.weight",
-        "final_norm/scale": "model.transformer.ln_f.weight",
-        "unembedding": "model.transformer.ff_out.weight",
-    },
-    layer="model.transformer.blocks.{}.",
-    names={
-        "attention_norm/scale": "attn_norm.weight",
-        "attention/q_proj/kernel": "q_proj.weight",
-        "attention/k_proj/kernel": "k_proj.weight",
-        "attention/v_proj/kernel": "v_proj.weight",
-        "attention/o_proj/kernel": "attn_out.weight",
-        "mlp_norm/scale": "ff_norm.weight",
-        "mlp/gate_proj/kernel": "ff_proj.weight",
-        "mlp/up_proj/kernel": "up_proj.weight",
-        "mlp/down_proj/kernel": "ff_out.weight",
-    },
-)
-
-LLADA_MOE = Family(
-    architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
-    model_types=("llada", "lladamoe"),
-    denoiser=LLaDAMoE,
-    read=published_configs.read_llada_moe,
-    write=published_configs.write_llada_moe,
-    fixed=published_configs.LLADA_MOE_FIXED,
-    dropouts=("attention_dropout",),
-    top=_TOP,
-    layer="model.layers.{}.",
-    names=_NORMS
-    | _ATTENTION
-    | _DENSE
-    | _EXPERTS
-    | {
-        "attention/q_norm/scale": "self_attn.q_norm.weight",
-        "attention/k_norm/scale": "self_attn.k_norm.weight",
-    },
-)
-
-LLADA2 = Family(
-    architectures=("LLaDA2MoeModelLM",),
-    model_types=("llada2_moe", "llada2_moe_21", "llada21_moe", "llada2_moe_veomni"),
-    denoiser=LLaDA2,
-    read=published_configs.read_llada2,
-    write=published_configs.write_llada2,
-    fixed=published_configs.LLADA2_FIXED,
-    dropouts=("attention_dropout", "embedding_dropout", "output_dropout"),
-    top=_TOP | {"embedding": "model.word_embeddings.weight"},
-    layer="model.layers.{}.",
-    names=_NORMS
-    | _DENSE
-    | _EXPERTS
-    | {
-        "attention/query_key_value/kernel": "attention.query_key_value.weight",
-        "attention/query_key_value/bias": "attention.query_key_value.bias",
-        "attention/q_norm/scale": "attention.query_layernorm.weight",
-        "attention/k_norm/scale": "attention.key_layernorm.weight",
-        "attention/o_proj/kernel": "attention.dense.weight",
-        "mlp/router/selection_bias": "mlp.gate.expert_bias",
-        **{
-            f"mlp/shared_experts/{name}/kernel": f"mlp.shared_experts.{name}.weight"
-            for name in _SWIGLU
-        },
-    },
-)
-
-DREAM = Family(
-    architectures=("DreamModel",),
-    model_types=("Dream",),
-    denoiser=Dream,
-    read=published_configs.read_dream,
-    write=published_configs.write_dream,
-    fixed=published_configs.DREAM_FIXED,
-    dropouts=("attention_dropout",),
-    top=_TOP,
-    layer="model.layers.{}.",
-    names=_NORMS | _ATTENTION | _DENSE,
-)
-
-FAMILIES = (LLADA, LLADA_MOE, LLADA2, DREAM)
+    return kept | fixed | named | family.write(denoiser.config)

@@ -123,8 +123,7 @@ def base_of(folder: str | Path, base: str | Path | None = None) -> Path:
 
 def _placed(folder: Path, denoiser: Transformer, found: Mapping[str, Stored]) -> dict[str, Entry]:
     """Published name -> where it goes; one error lists all that does not fit."""
-    family = families.family_for(denoiser)
-    placed = {e.name: e for e in families.entries(family, denoiser, found.__contains__)}
+    placed = {e.name: e for e in families.entries(denoiser, found.__contains__)}
     shapes = _shapes(denoiser)
     problems = []
     for name, entry in placed.items():
@@ -276,14 +275,12 @@ def save(
     folder = storage.path(folder)
     require_arrays(theta)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = read_json(storage.path(like) / "config.json") if like else {}
     dtype = theta["embedding"].dtype.name
-    config = kept | families.published_config(denoiser, dtype)
-    if "dtype" in kept:
+    config = families.published_config(denoiser, dtype, like)
+    if "dtype" in config:
         config["dtype"] = dtype
     flat = {_joined(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(theta)}
-    family = families.family_for(denoiser)
-    shards = _shards(list(families.entries(family, denoiser)), flat, shard_bytes)
+    shards = _shards(list(families.entries(denoiser)), flat, shard_bytes)
     _write(folder, shards, flat, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -53,8 +53,7 @@ def save(
     with contextlib.closing(TrainingCheckpoints(folder / ARRAYS, {}, keep_last=1)) as arrays:
         arrays.save(0, theta, position=0)
         arrays.wait()
-    kept = read_json(storage.path(like) / "config.json") if like else {}
-    published = kept | families.published_config(denoiser, dtypes.pop())
+    published = families.published_config(denoiser, dtypes.pop(), like)
     with storage.replacing(folder / "config.json") as file:
         file.write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
 

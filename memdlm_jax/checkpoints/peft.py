@@ -194,7 +194,7 @@ def _config(settings: Mapping[str, Any]) -> LoraConfig:
 
 def _weight_entries(denoiser: Transformer) -> dict[str, Entry]:
     """Published module -> where its weight goes."""
-    entries = families.entries(families.family_for(denoiser), denoiser)
+    entries = families.entries(denoiser)
     end = ".weight"
     return {entry.name.removesuffix(end): entry for entry in entries if entry.name.endswith(end)}
 
@@ -381,7 +381,7 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 def _every_module(denoiser: Transformer) -> set[str]:
     """Names of all published modules, those that hold others too."""
-    entries = families.entries(families.family_for(denoiser), denoiser)
+    entries = families.entries(denoiser)
     parts = (entry.name.split(".")[:-1] for entry in entries)
     return {name for path in parts for name in itertools.accumulate(path, "{}.{}".format)}
 

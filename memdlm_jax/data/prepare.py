@@ -3,68 +3,27 @@
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
-import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from memdlm_jax import storage
-from memdlm_jax.data import sources
 from memdlm_jax.data.builder import RowReader, write_rows
+from memdlm_jax.data.corpora import SourceConfig
 from memdlm_jax.data.example import Example
-from memdlm_jax.data.needles import NeedleConfig, NeedleTask, wording
 from memdlm_jax.data.sft import EncodeConfig, Encoder
-from memdlm_jax.data.text import SPLITS, Split, check_at_least, check_choice
+from memdlm_jax.data.text import SPLITS, Split, check_at_least
 from memdlm_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 _FORMAT = 1
 """Goes up when the same configuration gives other rows, so that old files are not reused."""
-
-_KIND_FORMATS = {"jsonl": 2}
-"""As ``_FORMAT``, for the rows of one kind alone."""
-
-_TOKENIZER_EPISODES = 4000
-
-Kind = Literal["chitchat", "jsonl", "text", "needles"]
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceConfig:
-    """One source of examples.
-
-    Attributes:
-        kind: ``chitchat`` dialogues, own ``jsonl``, a folder of ``text``, or ``needles``.
-        path: the JSON-lines file or the folder of text. For needles, a folder of text for the
-            haystack; empty takes sentences of the chitchat corpus.
-        continuation: text only: the first half of a row is the prompt.
-        needles: the retrieval task; its ``split`` is set for each split in turn.
-        episodes: needle episodes for training, validation and test.
-    """
-
-    kind: Kind = "chitchat"
-    path: str = ""
-    continuation: bool = False
-    needles: NeedleConfig | None = None
-    episodes: tuple[int, int, int] = (10_000, 500, 500)
-
-    def __post_init__(self):
-        check_choice("kind", self.kind, get_args(Kind))
-        if self.kind in ("jsonl", "text") and not self.path:
-            raise ValueError(f"path='' must name a file or folder for kind={self.kind!r}")
-        if self.kind == "needles" and self.needles is None:
-            raise ValueError("needles=None must be a NeedleConfig for kind='needles'")
-        for count in self.episodes:
-            check_at_least("episodes", count, 0)
-        if len(self.episodes) != len(SPLITS):
-            raise ValueError(f"episodes={self.episodes} must have one number for each of {SPLITS}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +117,7 @@ def prepare(config: DataConfig) -> PreparedData:
         FileNotFoundError: a file of the configuration is not there.
         ImportError: a corpus package is not installed.
     """
-    prints = [_fingerprint(source) for source in config.sources]
+    prints = [source.corpus.fingerprint(source) for source in config.sources]
     tokenizer = _tokenizer(config, prints)
     content = [dataclasses.asdict(config.encode), tokenizer.digest(), config.seed, prints]
     final = storage.path(config.directory) / f"rows-{_digest(content)}"
@@ -218,41 +177,9 @@ def examples(config: DataConfig, split: Split, tokenizer: Tokenizer) -> Iterator
         FileNotFoundError: a file of the configuration is not there.
         ImportError: a corpus package is not installed.
     """
+    encoder = Encoder(tokenizer, config.encode)
     for place, source in enumerate(config.sources):
-        yield from _examples(source, split, tokenizer, config.encode, config.seed + place)
-
-
-def _examples(
-    source: SourceConfig, split: Split, tokenizer: Tokenizer, encode: EncodeConfig, seed: int
-) -> Iterator[Example]:
-    """Examples of one source."""
-    if source.kind == "chitchat":
-        return sources.chitchat_examples(split)
-    if source.kind == "jsonl":
-        return sources.jsonl_examples(source.path, split)
-    if source.kind == "text":
-        budget = encode.max_length - 1
-        return sources.text_examples(source.path, split, tokenizer, budget, source.continuation)
-    assert source.needles is not None
-    count = source.episodes[SPLITS.index(split)]
-    if not count:
-        return iter(())
-    config = dataclasses.replace(source.needles, split=split)
-    task = NeedleTask(config, tokenizer, _haystack(source, split))
-    return sources.needle_examples(task, seed, count)
-
-
-def _haystack(source: SourceConfig, split: Split) -> list[str]:
-    """Filler of a needle source."""
-    if not source.path:
-        return sources.chitchat_sentences(split)
-    found = sources.text_sentences(source.path, split)
-    if not found:
-        raise ValueError(
-            f"the haystack in {source.path!r} has no text in the split {split!r}: give more text "
-            f"(sections of {sources.SECTION_SENTENCES} sentences are divided), or 0 episodes"
-        )
-    return found
+        yield from source.corpus.examples(source, split, encoder, config.seed + place)
 
 
 def _write(config: DataConfig, tokenizer: Tokenizer, directory: Path) -> None:
@@ -289,58 +216,13 @@ def _tokenizer(config: DataConfig, prints: list[Any]) -> Tokenizer:
     name = f"tokenizer-{_digest([config.vocab_size, prints])}.json"
     path = storage.path(config.directory) / name
     if not path.is_file():
-        trained = train_tokenizer(
-            itertools.chain.from_iterable(map(_training_text, config.sources)), config.vocab_size
-        )
+        documents = (d for s in config.sources for d in s.corpus.documents(s, "train"))
+        texts = (text for document in documents for _, text in document)
+        trained = train_tokenizer(texts, config.vocab_size)
         path.parent.mkdir(parents=True, exist_ok=True)
         with storage.replacing(path) as unfinished:
             trained.save(unfinished)
     return Tokenizer.load(path, digest=config.tokenizer_digest)
-
-
-def _training_text(source: SourceConfig) -> Iterable[str]:
-    """Text of a source's training split, each piece once."""
-    if source.kind == "jsonl":
-        found = sources.jsonl_examples(source.path, "train")
-        return (text for e in found for text in (*(t for _, t in e.messages[-1:]), e.response))
-    if source.kind == "text":
-        return sources.text_sentences(source.path, "train")
-    if source.kind == "needles":
-        return itertools.chain(wording(_TOKENIZER_EPISODES), _haystack(source, "train"))
-    turns = (t for g, t in sources.chitchat_turns() if sources.split_of(g) == "train")
-    return (text for said in turns for _, text in said)
-
-
-def _fingerprint(source: SourceConfig) -> list[Any]:
-    """What a source's rows depend on: its settings and the content behind them, not its place."""
-    if source.path:
-        content = _content(storage.path(source.path))
-    else:
-        content = [
-            f"{name} {installed_version(name)}" for name in ("chitchat-dataset", "wonderwords")
-        ]
-    settings = dataclasses.asdict(dataclasses.replace(source, path="-" if source.path else ""))
-    kind_format = _KIND_FORMATS.get(source.kind)
-    return [settings, content, *([kind_format] if kind_format else [])]
-
-
-def _content(path: Path) -> list[str]:
-    """Names and digests of a file, or of all files of a folder."""
-    if path.is_file():
-        files, root = [path], path.parent
-    elif path.is_dir():
-        files, root = storage.files_below(path), path
-    else:
-        raise FileNotFoundError(f"path={str(path)!r} of a data source is not there")
-    return [f"{f.relative_to(root)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files]
-
-
-def installed_version(package: str) -> str:
-    """Version of an installed package; empty if it is missing, which its reader reports."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _digest(content: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from memdlm_jax.data import sources
+from memdlm_jax.data.corpora import SourceConfig
 from memdlm_jax.data.filler import Filler
 from memdlm_jax.data.needles import NeedleConfig, NeedleTask, Template, wording
 from memdlm_jax.data.sft import EncodeConfig, Encoder, Row
@@ -32,6 +32,7 @@ class PretrainingConfig:
 
     Attributes:
         seed: of all draws.
+        source: corpus of the running text and of the needles' haystacks.
         text_length: tokens of a row of running text.
         text_rows: rows of a text batch.
         needle_lengths: lengths of needle batches, in turn; none may be ``text_length``.
@@ -43,6 +44,9 @@ class PretrainingConfig:
     """
 
     seed: int = 0
+    source: SourceConfig = dataclasses.field(
+        default_factory=lambda: SourceConfig("chitchat_and_topics")
+    )
     text_length: int = 256
     text_rows: int = 16
     needle_lengths: tuple[int, ...] = (96, 128, 192, 320, 512)
@@ -186,49 +190,31 @@ def _tasks(
     return tasks
 
 
-def corpus_text(split: Split) -> Iterator[str]:
-    """Running text of a split: conversations, and Python's own reference topics (train only).
+def tokenizer_text(source: SourceConfig, episodes: int = 2000, seed: int = 0) -> Iterator[str]:
+    """Text to train a tokenizer on: the training corpus, then needle prompts in their wording.
 
     Raises:
         ImportError: the corpus package is not installed.
     """
-    for group, turns in sources.chitchat_turns():
-        if sources.split_of(group) == split:
-            yield "\n".join(text for _, text in turns)
-    if split == "train":
-        yield from _reference_topics()
-
-
-def _reference_topics() -> list[str]:
-    """The standard library's offline documentation, read as text."""
-    from pydoc_data.topics import topics
-
-    return list(topics.values())
-
-
-def tokenizer_text(episodes: int = 2000, seed: int = 0) -> Iterator[str]:
-    """Text to train a tokenizer on: the training corpus, then needle prompts in their wording."""
-    yield from corpus_text("train")
+    for document in source.corpus.documents(source, "train"):
+        yield "\n".join(text for _, text in document)
     yield from wording(episodes, seed)
 
 
-def text_stream(tokenizer: Tokenizer, split: Split) -> np.ndarray:
+def text_stream(source: SourceConfig, tokenizer: Tokenizer, split: Split) -> np.ndarray:
     """All text of a split as one row of ids, conversations in the turn format of fine-tuning.
 
     Returns:
-        [n] int32; the speaker of the last turn is the assistant.
+        [n] int32.
     """
     ids: list[int] = []
-    with Progress(f"encoding the {split} text", unit="conversation") as bar:
-        for group, turns in sources.chitchat_turns():
-            if sources.split_of(group) == split:
-                encoded = tokenizer.encode_batch([text for _, text in turns])
-                for (speaker, _), turn in zip(turns, encoded, strict=True):
-                    is_last = speaker == turns[-1][0]
-                    opening = tokenizer.assistant_id if is_last else tokenizer.user_id
-                    ids.extend([opening, *turn, tokenizer.eos_id])
-                bar.update()
-        if split == "train":
-            for text in _reference_topics():
-                ids.extend([*tokenizer.encode(text), tokenizer.eos_id])
+    with Progress(f"encoding the {split} text", unit="document") as bar:
+        for document in source.corpus.documents(source, split):
+            encoded = tokenizer.encode_batch([text for _, text in document])
+            for (role, _), text in zip(document, encoded, strict=True):
+                if role != "text":
+                    is_assistant = role == "assistant"
+                    ids.append(tokenizer.assistant_id if is_assistant else tokenizer.user_id)
+                ids.extend([*text, tokenizer.eos_id])
+            bar.update()
     return np.asarray(ids, np.int32)

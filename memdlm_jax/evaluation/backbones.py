@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdlm_jax.models.dream import Dream
+from memdlm_jax.models.family import family_of
 from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.typing import Context, Theta
 
@@ -89,8 +89,8 @@ def _compare(replay: "_Replay", key: str, tolerance: float) -> Compared:
     else:
         try:
             ours, exact = replay.quantity(key)
-        except KeyError as error:
-            return Compared(key, float("nan"), tolerance, error.args[0])
+        except KeyError as missing:
+            return Compared(key, float("nan"), tolerance, missing.args[0])
     if ours.shape != recorded.shape:
         note = f"shape {recorded.shape} in the recording, {ours.shape} here"
         return Compared(key, float("nan"), tolerance, note)
@@ -190,9 +190,8 @@ class _Replay:
         keys = self.golden.get(f"attention_mask_{case}" if case else "attention_mask")
         if keys is not None:
             seen = jnp.asarray(keys) > 0
-            # Dream's code lets padding see nothing; the others only hide it from being seen.
-            shut = isinstance(self.denoiser, Dream)
-            return seen[:, :, None] & seen[:, None, :] if shut else seen
+            sees = family_of(type(self.denoiser)).padding_sees
+            return seen if sees else seen[:, :, None] & seen[:, None, :]
         bias = case.startswith("bias01_")
         attend = self.golden.get(f"attend_{case.removeprefix('bias01_')}")
         if attend is None:
@@ -220,14 +219,14 @@ class _Replay:
     def logits(self, case: str, shifted: bool) -> jax.Array:
         """Logits by way of trunk, head and readout, [b, l, v]; raw or for the token itself."""
         denoiser = self.denoiser
-        if isinstance(denoiser, Dream):
+        if denoiser.config.right_shift:
             denoiser = denoiser.with_config(shift=shifted)
         return self._logits(denoiser, case)
 
     def bfloat16(self) -> jax.Array:
         """Logits of the first case with activations in bfloat16."""
         narrow = self.denoiser.with_config(dtype="bfloat16")
-        if isinstance(narrow, Dream):
+        if narrow.config.right_shift:
             narrow = narrow.with_config(shift=False)
         return self._logits(narrow, "")
 

@@ -111,7 +111,10 @@ class TransformerConfig:
 
     @property
     def right_shift(self) -> bool:
-        """Whether the last hidden state at i predicts token i + 1."""
+        """Whether the last hidden state at i predicts token i + 1.
+
+        A config that can say so has a field ``shift``, see ``DreamConfig``.
+        """
         return False
 
 

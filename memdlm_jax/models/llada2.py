@@ -1,12 +1,27 @@
 """LLaDA2.0 and 2.1 (arXiv 2512.15745): sigmoid router over groups, shared expert, fused QKV."""
 
 import dataclasses
+from typing import Any, ClassVar
 
 from memdlm_jax.models.attention import AttentionSpec
 from memdlm_jax.models.config import TransformerConfig
+from memdlm_jax.models.family import (
+    DENSE,
+    EXPERTS,
+    NORMS,
+    SWIGLU,
+    TOP,
+    Family,
+    Published,
+    check_whole,
+    mask_token_id_of,
+    read_common,
+    write_common,
+)
 from memdlm_jax.models.grouped import Implementation
 from memdlm_jax.models.moe import MixtureSpec
 from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.registry import BACKBONES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +110,114 @@ class LLaDA2Config(TransformerConfig):
         return False
 
 
+def _read(p: Published) -> LLaDA2Config:
+    """Our config for a published one of LLaDA2."""
+    check_whole(p, "hidden_size", "num_attention_heads")
+    head_dim = p.get("head_dim") or p["hidden_size"] // p["num_attention_heads"]
+    turning = int(head_dim * (p.get("partial_rotary_factor") or 1.0))
+    if p.get("rotary_dim", turning) != turning:
+        raise ValueError(
+            f"rotary_dim={p['rotary_dim']} must be head_dim={head_dim} times "
+            f"partial_rotary_factor={p.get('partial_rotary_factor')}"
+        )
+    return LLaDA2Config(
+        **read_common(p),
+        mask_token_id=mask_token_id_of(p),
+        hidden_features=p["intermediate_size"],
+        head_dim=head_dim,
+        num_experts=p["num_experts"],
+        experts_per_token=p["num_experts_per_tok"],
+        expert_features=p["moe_intermediate_size"],
+        num_shared_experts=p.get("num_shared_experts") or 0,
+        dense_layers=p.get("first_k_dense_replace") or 0,
+        router_groups=p.get("n_group") or 1,
+        kept_router_groups=p.get("topk_group") or 1,
+        renormalise=bool(p.get("norm_topk_prob", True)),
+        router_scale=float(p.get("routed_scaling_factor", 1.0)),
+        use_selection_bias=bool(p.get("moe_router_enable_expert_bias", True)),
+        normalise_heads=bool(p.get("use_qk_norm", True)),
+        use_bias=bool(p.get("use_qkv_bias", False)),
+        rotary_channels=turning,
+    )
+
+
+def _write(c: LLaDA2Config) -> dict[str, Any]:
+    """Published fields for our config of LLaDA2."""
+    return write_common(c) | {
+        "first_k_dense_replace": c.dense_layers,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.hidden_features,
+        "moe_intermediate_size": c.expert_features,
+        "moe_router_enable_expert_bias": c.use_selection_bias,
+        "n_group": c.router_groups,
+        "norm_topk_prob": c.renormalise,
+        "num_experts": c.num_experts,
+        "num_experts_per_tok": c.experts_per_token,
+        "num_shared_experts": c.num_shared_experts,
+        "partial_rotary_factor": c.rotary_channels / c.head_dim,
+        "rotary_dim": c.rotary_channels,
+        "routed_scaling_factor": c.router_scale,
+        "topk_group": c.kept_router_groups,
+        "use_qk_norm": c.normalise_heads,
+        "use_qkv_bias": c.use_bias,
+    }
+
+
+@BACKBONES.register("llada2")
 @dataclasses.dataclass(frozen=True)
 class LLaDA2(Transformer):
     """LLaDA2 behind the ``Denoiser`` protocol."""
 
     config: LLaDA2Config
+    family: ClassVar[Family] = Family(
+        architectures=("LLaDA2MoeModelLM",),
+        model_types=("llada2_moe", "llada2_moe_21", "llada21_moe", "llada2_moe_veomni"),
+        read=_read,
+        write=_write,
+        fixed={
+            "hidden_act": ("silu",),
+            "norm_head": (False,),
+            "rope_scaling": (None,),
+            "router_dtype": ("fp32", "float32", None),
+            "score_function": ("sigmoid",),
+            "use_bias": (False,),
+            "use_rmsnorm": (True,),
+            "use_sliding_window": (False,),
+            "using_split_qkv_in_self_attention": (False,),
+        },
+        dropouts=("attention_dropout", "embedding_dropout", "output_dropout"),
+        top=TOP | {"embedding": "model.word_embeddings.weight"},
+        layer="model.layers.{}.",
+        names=NORMS
+        | DENSE
+        | EXPERTS
+        | {
+            "attention/query_key_value/kernel": "attention.query_key_value.weight",
+            "attention/query_key_value/bias": "attention.query_key_value.bias",
+            "attention/q_norm/scale": "attention.query_layernorm.weight",
+            "attention/k_norm/scale": "attention.key_layernorm.weight",
+            "attention/o_proj/kernel": "attention.dense.weight",
+            "mlp/router/selection_bias": "mlp.gate.expert_bias",
+            **{
+                f"mlp/shared_experts/{name}/kernel": f"mlp.shared_experts.{name}.weight"
+                for name in SWIGLU
+            },
+        },
+        releases=dict.fromkeys(
+            ("llada2_0_mini", "llada2_1_mini"),
+            LLaDA2Config(
+                vocab_size=157_184,
+                width=2048,
+                num_layers=20,
+                num_heads=16,
+                num_kv_heads=4,
+                hidden_features=5120,
+                mask_token_id=156_895,
+                max_length=32_768,
+                rope_theta=600_000.0,
+                norm_epsilon=1e-6,
+                dtype="bfloat16",
+                param_dtype="bfloat16",
+            ),
+        ),
+    )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memdlm_jax import storage
-from memdlm_jax.data import sources
+from memdlm_jax.data.corpora import SourceConfig
 from memdlm_jax.data.pretraining import (
     ANSWER_SLOTS,
     PretrainingConfig,
@@ -46,11 +46,11 @@ class AnswersWhole:
         return masking.bernoulli_mask(mask_key, batch.maskable, ratio), self.schedule.weight(t)
 
 
-def tokenizer_at(path: str | Path, vocab_size: int) -> Tokenizer:
+def tokenizer_at(path: str | Path, vocab_size: int, source: SourceConfig) -> Tokenizer:
     """Load the tokenizer at ``path``, or train one on the corpus and store it there."""
     if storage.path(path).exists():
         return Tokenizer.load(path)
-    tokenizer = train_tokenizer(tokenizer_text(), vocab_size)
+    tokenizer = train_tokenizer(tokenizer_text(source), vocab_size)
     tokenizer.save(path)
     return tokenizer
 
@@ -78,12 +78,13 @@ def load_data(config: PretrainingConfig, tokenizer: Tokenizer, validation: int) 
     Raises:
         ImportError: if the corpus packages are not installed.
     """
-    stream, sentences = text_stream(tokenizer, "train"), sources.chitchat_sentences("train")
+    source, corpus = config.source, config.source.corpus
+    stream = text_stream(source, tokenizer, "train")
+    sentences, held_out = (corpus.sentences(source, split) for split in ("train", "validation"))
     train = PretrainingMix(config, tokenizer, stream, sentences, "train")
-    held_out = sources.chitchat_sentences("validation")
     steady = PretrainingMix(
         dataclasses.replace(config, needle_only_batches=0), tokenizer,
-        text_stream(tokenizer, "validation"), held_out, "validation",
+        text_stream(source, tokenizer, "validation"), held_out, "validation",
     )  # fmt: skip
     batches = [steady.batch_at(step) for step in range(validation)]
     return PretrainingData(train, batches, held_out, digest(stream, sentences, tokenizer))

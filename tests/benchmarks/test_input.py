@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks import _shapes, input, report
 from benchmarks.input import Work
+from memdlm_jax.data.corpora import SourceConfig
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline
-from memdlm_jax.data.prepare import DataConfig, SourceConfig, prepare
+from memdlm_jax.data.prepare import DataConfig, prepare
 from memdlm_jax.data.sft import EncodeConfig
 from tests.benchmarks.test_step import TINY
 

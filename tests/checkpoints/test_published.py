@@ -13,7 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from memdlm_jax.checkpoints import families, hugging_face
+from memdlm_jax.models.dream import Dream
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
+from memdlm_jax.models.llada2 import LLaDA2
+from memdlm_jax.models.llada_moe import LLaDAMoE
 from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.quantize import Quantized, quantize
 from tests.models.small import FAMILIES
@@ -149,29 +152,29 @@ def test_leaves_lie_where_they_are_asked_to():
 
 class TestDispatch:
     def kind(self, **published):
-        return families.family_of(published, "config.json")
+        return families.backbone_of(published, "config.json")
 
     def test_architectures_decide(self):
-        assert self.kind(architectures=["LLaDAMoEModel"], model_type="llada") is families.LLADA_MOE
-        assert self.kind(architectures=["LLaDAModelLM"], model_type="llada") is families.LLADA
+        assert self.kind(architectures=["LLaDAMoEModel"], model_type="llada") is LLaDAMoE
+        assert self.kind(architectures=["LLaDAModelLM"], model_type="llada") is LLaDA
 
     @pytest.mark.parametrize(
         ("kind", "family"),
         [
-            ("llada", families.LLADA),
-            ("lladamoe", families.LLADA_MOE),
-            ("llada2_moe", families.LLADA2),
-            ("llada2_moe_21", families.LLADA2),
-            ("llada21_moe", families.LLADA2),
-            ("llada2_moe_veomni", families.LLADA2),
-            ("Dream", families.DREAM),
+            ("llada", LLaDA),
+            ("lladamoe", LLaDAMoE),
+            ("llada2_moe", LLaDA2),
+            ("llada2_moe_21", LLaDA2),
+            ("llada21_moe", LLaDA2),
+            ("llada2_moe_veomni", LLaDA2),
+            ("Dream", Dream),
         ],
     )
     def test_the_model_type_without_architectures(self, kind, family):
         assert self.kind(model_type=kind) is family
 
     def test_two_families_share_a_model_type(self):
-        assert self.kind(model_type="llada", num_experts=8) is families.LLADA_MOE
+        assert self.kind(model_type="llada", num_experts=8) is LLaDAMoE
 
     def test_unknown(self):
         with pytest.raises(

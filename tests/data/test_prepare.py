@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from memdlm_jax.data import prepare as module
+from memdlm_jax.data.corpora import SourceConfig
 from memdlm_jax.data.needles import NeedleConfig
 from memdlm_jax.data.pipeline import PipelineConfig, make_pipeline
-from memdlm_jax.data.prepare import DataConfig, SourceConfig, load_prepared, prepare
+from memdlm_jax.data.prepare import DataConfig, load_prepared, prepare
 from memdlm_jax.data.sft import EncodeConfig, Encoder
 from memdlm_jax.data.text import SPLITS
 
@@ -214,7 +215,10 @@ def test_what_is_missing_is_named(tmp_path, config):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SourceConfig("web"), "kind='web' must be one of chitchat, jsonl, text, needles"),
+        (
+            lambda: SourceConfig("web"),
+            "kind='web' must be one of 'chitchat', .*'needles', or MODULE",
+        ),
         (lambda: SourceConfig("jsonl"), "path='' must name a file or folder for kind='jsonl'"),
         (lambda: SourceConfig("needles"), "needles=None must be a NeedleConfig"),
         (lambda: SourceConfig(episodes=(1, -1, 1)), "episodes=-1 must be an integer of at least 0"),
