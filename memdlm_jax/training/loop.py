@@ -51,6 +51,8 @@ class TrainConfig:
         keep_last: newest checkpoints to keep, beside the best.
         profile_steps: steps to record with ``jax.profiler`` once warmed up; 0 for none.
         peak_flops: FLOPs a second of a device, for the utilisation; 0 takes what is published.
+        count_flops: report FLOPs, utilisation and the inner loop's share of them. Counting traces
+            the step up to twice more per batch length, which takes long for large models.
     """
 
     output: str
@@ -63,6 +65,7 @@ class TrainConfig:
     keep_last: int = 2
     profile_steps: int = 0
     peak_flops: float = 0.0
+    count_flops: bool = True
 
     def __post_init__(self):
         if not self.output:
@@ -240,7 +243,7 @@ class _Loop:
     def run(self) -> Result:
         """Take the steps that are left."""
         c, p = self.config, self.progress
-        self.speed = Speed(self.steps, self.config.peak_flops)
+        self.speed = Speed(self.steps, c.peak_flops, c.count_flops)
         self.pending: list[tuple[int, Metrics]] = []
         self.saved = p.step
         trace = Trace(c.output, p.step, c.profile_steps if processes.is_first() else 0)

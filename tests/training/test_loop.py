@@ -88,6 +88,13 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path, undisturbed, environment):
     assert_same_run(tmp_path, tiny.run(tmp_path), undisturbed)
 
 
+def test_flops_may_be_left_uncounted(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr(CompiledSteps, "inner_loop_share", None)
+    assert_same_run(tmp_path, tiny.run(tmp_path, count_flops=False), undisturbed)
+    for line in lines_of(tmp_path, timed=True):
+        assert [name for name in line if "speed/" in name] == ["speed/tokens_per_second"]
+
+
 def test_sigterm_saves_and_stops_and_the_run_goes_on(tmp_path, undisturbed):
     stopped = tiny.run(tmp_path, data=Interrupting(7))
     assert not stopped.finished and 4 <= int(stopped.state.step) < 12
