@@ -34,12 +34,13 @@ from memdlm_jax.models import lora
 from memdlm_jax.models.config import Remat
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.transformer import Transformer
-from memdlm_jax.training import fit, loop
+from memdlm_jax.training import fit, loop, run_folder
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import Result, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.parallel import mesh_for
 from memdlm_jax.training.sharding import Layout, MeshConfig
+from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import StepSetup
 from memdlm_jax.typing import Batch, Partitioned, Theta, merged, partition
 
@@ -135,6 +136,11 @@ def finetune(config: FinetuneConfig) -> Result:
     if (limit := fit.device_bytes()) is not None:
         fit.require(need_of(config, rows, layout), limit)
     check_mesh(layout, config, config.pipeline.buckets or (0,))
+    with run_folder.claimed(config.train.output):
+        return _finetune(config, mesh, layout)
+
+
+def _finetune(config: FinetuneConfig, mesh: MeshConfig | None, layout: Layout | None) -> Result:
     denoiser, theta = model_of(config, layout)
     # The others find the rows that the first process has written.
     prepared = processes.first_alone(lambda: prepared_for(config, denoiser))
@@ -148,13 +154,7 @@ def finetune(config: FinetuneConfig) -> Result:
         dropout=lora.with_dropout if config.lora and config.lora.dropout else None,
     )  # fmt: skip
     identity = identity_of(config, prepared)
-    # A number that no training step folds into the same seed.
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
-    inner = learned.init(key, denoiser, memory) if memory else None
-    trained, frozen = theta, None
-    if isinstance(theta, Partitioned):
-        trained, frozen = theta.trainable, theta.frozen
-    state = states.create(learned.join(trained, inner), config.optimizer)
+    state, frozen = start_of(config, denoiser, theta)
     result = loop.run(config.train, setup, state, train, validation, identity, frozen=frozen,
         mesh=mesh,
     )  # fmt: skip
@@ -171,6 +171,19 @@ def finetune(config: FinetuneConfig) -> Result:
         # JAX gives up on a process that is waited for at its exit for long.
         processes.wait_for_all()
     return result
+
+
+def start_of(
+    config: FinetuneConfig, denoiser: Transformer, theta: Theta
+) -> tuple[TrainState, Theta]:
+    """The state before the first step, and the part of theta that is not trained or ``None``."""
+    # A number that no training step folds into the same seed.
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
+    inner = learned.init(key, denoiser, config.memory) if config.memory else None
+    trained, frozen = theta, None
+    if isinstance(theta, Partitioned):
+        trained, frozen = theta.trainable, theta.frozen
+    return states.create(learned.join(trained, inner), config.optimizer), frozen
 
 
 def need_of(config: FinetuneConfig, rows: int, layout: Layout | None = None) -> fit.Need:

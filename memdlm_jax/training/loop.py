@@ -12,7 +12,7 @@ import tqdm
 
 from memdlm_jax import processes, storage
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
-from memdlm_jax.training import feed
+from memdlm_jax.training import feed, run_folder
 from memdlm_jax.training.feed import Batches
 from memdlm_jax.training.interruption import stop_on_sigterm
 from memdlm_jax.training.metrics import MetricsWriter
@@ -96,7 +96,7 @@ class Result:
         finished: False if a signal stopped the run before its last step.
     """
 
-    state: TrainState
+    state: TrainState = dataclasses.field(repr=False)
     best_step: int | None
     best_loss: float
     finished: bool
@@ -124,7 +124,7 @@ def run(
     Args:
         config: settings of the loop.
         setup: of the step.
-        state: before the first step; donated.
+        state: before the first step; donated, and freed before a checkpoint takes its place.
         data: training batches; batches of equal length share one compilation. Of several processes
             each reads its own rows if the data is ``Divisible``; else it makes whole batches.
         validation: batches of host arrays, scored with the same masks every time.
@@ -138,14 +138,18 @@ def run(
         The last state, and which step validated best.
 
     Raises:
+        FolderInUse: if another run works in ``config.output``.
         NotFinite: if loss or gradient of a step is not finite, naming the step.
         ConfigMismatch: if ``identity``, validation or shapes are not those of the checkpoint.
     """
-    with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
+    with (
+        run_folder.claimed(config.output),
+        contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints,
+    ):
         steps = CompiledSteps(setup, feed.capacity_for(data, validation), frozen, mesh)
         for note in steps.undivided(state.theta):
             logger.info("%s", note)
-        progress = _restored(checkpoints, steps.place(state))
+        progress = _restored(checkpoints, steps, state)
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
             loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)
             return loop.run()
@@ -163,17 +167,23 @@ def load_best(
     Args:
         config: as given to ``run``.
         setup: as given to ``run``.
-        result: what ``run`` returned.
+        result: what ``run`` returned; if another step is loaded, its optimiser state is freed.
         validation: as given to ``run``.
         identity: as given to ``run``.
 
     Raises:
+        FolderInUse: another run works in ``config.output``.
         CorruptCheckpoint, NoUsableCheckpoint: that step cannot be trusted, or is gone.
     """
     if result.best_step in (None, int(result.state.step)):
         return result.state.theta
-    with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
-        return checkpoints.restore(result.best_step, result.state).state.theta
+    with (
+        run_folder.claimed(config.output),
+        contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints,
+    ):
+        last = result.state
+        best = checkpoints.restore(result.best_step, last, frees=last.optimizer_state)
+        return best.state.theta
 
 
 def _checkpoints(config, setup, validation, identity) -> TrainingCheckpoints:
@@ -217,13 +227,21 @@ class _Progress:
     best_loss: float = math.inf
 
 
-def _restored(checkpoints: TrainingCheckpoints, state: TrainState) -> _Progress:
+def _restored(
+    checkpoints: TrainingCheckpoints, steps: CompiledSteps, state: TrainState
+) -> _Progress:
     """The newest good checkpoint, or the beginning."""
-    restored = checkpoints.restore_latest(state)
+    restored = checkpoints.restore_latest(steps.abstract(state), frees=state)
     if restored is None:
-        return _Progress(state)
+        return _Progress(steps.place(state))
     logger.info("resuming after step %d of %s", restored.step, checkpoints.folder)
     best_step, best_loss = restored.extra["best"] or (None, math.inf)
+    if best_step != (kept := checkpoints.best()).step:
+        logger.warning(
+            "step %s was the best, but it is gone or its loss is not known; of the steps that are "
+            "left %s is the best", best_step, kept.step,
+        )  # fmt: skip
+        best_step, best_loss = kept.step, kept.loss
     return _Progress(restored.state, restored.position, best_step, best_loss)
 
 
