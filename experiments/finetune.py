@@ -29,18 +29,24 @@ from memdlm_jax.data.prepare import DataConfig, PreparedData, prepare
 from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import Schedule
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.inner_loop import inner_loop_for, join_learned, split_learned
+from memdlm_jax.memory.inner_loop import (
+    InnerLoop,
+    inner_loop_for,
+    join_learned,
+    split_learned,
+)
 from memdlm_jax.models import lora
 from memdlm_jax.models.config import Remat
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.parameters import Partitioned, merged, partition
-from memdlm_jax.training import fit, loop
+from memdlm_jax.training import fit, loop, run_folder
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import Result, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.parallel import mesh_for
 from memdlm_jax.training.sharding import Layout, MeshConfig
+from memdlm_jax.training.state import TrainState
 from memdlm_jax.training.step import StepSetup
 from memdlm_jax.typing import Batch, Theta
 
@@ -136,6 +142,11 @@ def finetune(config: FinetuneConfig) -> Result:
     if (limit := fit.device_bytes()) is not None:
         fit.require(need_of(config, rows, layout), limit)
     check_mesh(layout, config, config.pipeline.buckets or (0,))
+    with run_folder.claimed(config.train.output):
+        return _finetune(config, mesh, layout)
+
+
+def _finetune(config: FinetuneConfig, mesh: MeshConfig | None, layout: Layout | None) -> Result:
     denoiser, theta = model_of(config, layout)
     # The others find the rows that the first process has written.
     prepared = processes.first_alone(lambda: prepared_for(config, denoiser))
@@ -149,13 +160,7 @@ def finetune(config: FinetuneConfig) -> Result:
         dropout=lora.with_dropout if config.lora and config.lora.dropout else None,
     )  # fmt: skip
     identity = identity_of(config, prepared)
-    # A number that no training step folds into the same seed.
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
-    learned = inner_loop.init_learned(key) if inner_loop else None
-    trained, frozen = theta, None
-    if isinstance(theta, Partitioned):
-        trained, frozen = theta.trainable, theta.frozen
-    state = states.create(join_learned(trained, learned), config.optimizer)
+    state, frozen = start_of(config, denoiser, theta)
     result = loop.run(config.train, setup, state, train, validation, identity, frozen=frozen,
         mesh=mesh,
     )  # fmt: skip
@@ -172,6 +177,19 @@ def finetune(config: FinetuneConfig) -> Result:
         # JAX gives up on a process that is waited for at its exit for long.
         processes.wait_for_all()
     return result
+
+
+def start_of(
+    config: FinetuneConfig, denoiser: Transformer, theta: Theta
+) -> tuple[TrainState, Theta]:
+    """The state before the first step, and the part of theta that is not trained or ``None``."""
+    # A number that no training step folds into the same seed.
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
+    learned = InnerLoop(denoiser, config.memory).init_learned(key) if config.memory else None
+    trained, frozen = theta, None
+    if isinstance(theta, Partitioned):
+        trained, frozen = theta.trainable, theta.frozen
+    return states.create(join_learned(trained, learned), config.optimizer), frozen
 
 
 def need_of(config: FinetuneConfig, rows: int, layout: Layout | None = None) -> fit.Need:

@@ -30,7 +30,7 @@ from memdlm_jax.evaluation.systems import System
 from memdlm_jax.models import induction
 from memdlm_jax.models.induction import InductionInit
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
-from memdlm_jax.training import loop, pretraining
+from memdlm_jax.training import loop, pretraining, run_folder
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import Result, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
@@ -108,6 +108,11 @@ def from_config_dict(config: config_dict.ConfigDict) -> PretrainConfig:
 
 def run(config: PretrainConfig) -> tuple[Path, Result]:
     """Train, resuming what is there, and return the exported model folder and the last state."""
+    with run_folder.claimed(config.train.output):
+        return _run(config)
+
+
+def _run(config: PretrainConfig) -> tuple[Path, Result]:
     output = storage.path(config.train.output)
     tokenizer_file = storage.path(config.tokenizer or output / "tokenizer.json")
     tokenizer = processes.first_alone(

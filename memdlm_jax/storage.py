@@ -12,6 +12,7 @@ import importlib.util
 import io
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,11 @@ def files_below(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yield a path on a disk whose file takes the place of ``file`` if all goes well."""
+    """Yield a path on a disk whose file takes the place of ``file`` if all goes well.
+
+    The file has the permissions of any new file there, also where a library that writes it gives
+    it to its owner alone, as safetensors does.
+    """
     if is_remote(file):
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / file.name
@@ -104,7 +109,12 @@ def replacing(file: Path) -> Iterator[Path]:
         return
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # The umask can be asked for only by changing it.
+        temporary.unlink()
         yield temporary
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(stat.S_IMODE(mode))
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

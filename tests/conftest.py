@@ -4,12 +4,12 @@ import gc
 import os
 
 # Half the time of compilation, and less again by not cutting programs up for cores that other
-# tests use. XLA reads it once, at its first use, so it stands before all else: a run in this
-# process and one in a process that a test starts must compile alike.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-)
+# tests use. XLA reads its flags once, at its first use, so they are set before all else. They are
+# added to flags that are given (``XLA_FLAGS=--xla_cpu_max_isa=AVX2 make test``), once: workers and
+# processes that a test starts inherit them and must compile alike.
+_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if _FLAGS not in (_given := os.environ.get("XLA_FLAGS", "")):
+    os.environ["XLA_FLAGS"] = f"{_FLAGS} {_given}".strip()
 
 import jax
 import pytest

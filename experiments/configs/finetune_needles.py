@@ -80,6 +80,7 @@ def get_config() -> config_dict.ConfigDict:
     config.train.keep_last = 2
     config.train.profile_steps = 0
     config.train.peak_flops = 0.0
+    config.train.count_flops = True
 
     config.optimizer = config_dict.ConfigDict()
     config.optimizer.total_steps = config.train.get_ref("steps")

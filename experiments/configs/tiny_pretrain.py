@@ -90,6 +90,7 @@ def _retrieval() -> ConfigDict:
             "save_every": 250,
             "profile_steps": 0,
             "peak_flops": 0.0,
+            "count_flops": True,
         }
     )
     config.mesh = ConfigDict(

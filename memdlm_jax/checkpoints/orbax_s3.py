@@ -16,8 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import fsspec
+import orbax.checkpoint as ocp
 
 SCHEME = "s3://"
+VERIFIED = ("0.12.8",)
+"""Releases of Orbax with which runs on S3 were tested; others may have changed what is private."""
 _RULES = "orbax.checkpoint._src.path.gcs_utils"
 _DRIVERS = "orbax.checkpoint._src.serialization.tensorstore_utils"
 
@@ -34,26 +37,24 @@ def teach(folder: str | os.PathLike[str]) -> None:
         folder: a URL of S3, whose bucket must be there.
 
     Raises:
-        ImportError: the release of Orbax that is installed lacks one of the functions.
+        ImportError: the release of Orbax that is installed is not one of ``VERIFIED``.
         FileNotFoundError, PermissionError: there is no such bucket, or not for this account.
     """
-    found = []
+    if ocp.__version__ not in VERIFIED:
+        raise ImportError(
+            f"{folder}: Orbax {ocp.__version__} is installed, but S3 was verified with Orbax "
+            f"{', '.join(VERIFIED)} only, since it needs private functions; install "
+            f"orbax-checkpoint=={VERIFIED[-1]}, or write to a disk or to gs://"
+        )
+    _service(_bucket(os.fspath(folder)))
     for place, name, case in (
         (_RULES, "is_gcs_path", lambda path: True),
         (_RULES, "get_kvstore_for_gcs", _place),
         (_DRIVERS, "_use_gcs_driver", lambda path: True),
         (_DRIVERS, "_normalize_path", _normal),
     ):
-        try:
-            module = importlib.import_module(place)
-            found.append((module, name, getattr(module, name), case))
-        except (ImportError, AttributeError) as error:
-            raise ImportError(
-                f"{SCHEME}: this release of Orbax has no {place}.{name}; install the one that "
-                "constraints.txt names, or write to a disk"
-            ) from error
-    _service(_bucket(os.fspath(folder)))
-    for module, name, otherwise, case in found:
+        module = importlib.import_module(place)
+        otherwise = getattr(module, name)
         if not hasattr(otherwise, "otherwise"):
             setattr(module, name, _with_case(otherwise, case))
 

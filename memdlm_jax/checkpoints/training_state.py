@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -58,6 +58,18 @@ class Restored:
     extra: dict[str, Json]
 
 
+class Best(NamedTuple):
+    """A step with the lowest validation loss, the first of equals.
+
+    Attributes:
+        step: ``None`` if no loss was measured.
+        loss: infinite then.
+    """
+
+    step: int | None
+    loss: float
+
+
 class TrainingCheckpoints:
     """Checkpoints of one run in one folder: the newest ``keep_last`` and the best one."""
 
@@ -77,6 +89,7 @@ class TrainingCheckpoints:
             orbax_s3.teach(self.folder)
         self.config = json.loads(json.dumps(dict(config), sort_keys=True))
         self._keep_last = keep_last
+        self._mend_losses()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -89,6 +102,18 @@ class TrainingCheckpoints:
             cleanup_tmp_directories=True,
         )
         return ocp.CheckpointManager(self.folder, options=options)
+
+    def _mend_losses(self) -> None:
+        """Write damaged files of losses anew; Orbax, which reads all at once, would fail.
+
+        The loss comes from the step's notes. Where these have none, the step counts as one
+        without validation. A step's arrays and notes are verified when it is restored.
+        """
+        with _failing_together(OSError, f"{self.folder}: "):
+            if processes.is_first() and self.folder.is_dir():
+                for step in self.folder.iterdir():
+                    if step.name.isdigit() and _is_committed(step):
+                        _mend_loss(step)
 
     def save(
         self,
@@ -112,6 +137,7 @@ class TrainingCheckpoints:
         notes = {
             "config": self.config,
             "position": position,
+            "loss": loss,
             "extra": dict(extra or {}),
             "arrays": {name: _describe(leaf) for name, leaf in named(state).items()},
         }
@@ -135,11 +161,11 @@ class TrainingCheckpoints:
         """Committed steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def best_step(self) -> int | None:
-        """Step with the lowest validation loss among those on disk, if any has one."""
+    def best(self) -> Best:
+        """The best of the steps on disk, which is the one that is kept."""
         return _best({step: self._manager.metrics(step) for step in self.steps()})
 
-    def restore_latest(self, template: Any) -> Restored | None:
+    def restore_latest(self, template: Any, frees: Any = None) -> Restored | None:
         """Restore the newest step that passes verification.
 
         A step that does not pass is renamed to ``STEP.corrupt`` and the one before is tried.
@@ -147,6 +173,8 @@ class TrainingCheckpoints:
         Args:
             template: pytree of arrays, or of ``jax.ShapeDtypeStruct`` with sharding: structure,
                 shapes, dtypes and placement that the result must have.
+            frees: pytree of arrays that are not needed once there is a checkpoint. They are deleted
+                before memory for its arrays is allocated.
 
         Returns:
             The checkpoint, or ``None`` if the folder holds none.
@@ -159,7 +187,7 @@ class TrainingCheckpoints:
         steps = self.steps()[::-1]
         for step in steps:
             try:
-                return self.restore(step, template)
+                return self.restore(step, template, frees)
             except CorruptCheckpoint as error:
                 logger.warning(
                     "checkpoint %d in %s is corrupt (%s); falling back to the one before",
@@ -173,8 +201,8 @@ class TrainingCheckpoints:
             )
         return None
 
-    def restore(self, step: int, template: Any) -> Restored:
-        """Restore one step, verified; see ``restore_latest`` for ``template``.
+    def restore(self, step: int, template: Any, frees: Any = None) -> Restored:
+        """Restore one step, verified; arguments are those of ``restore_latest``.
 
         Raises:
             NoUsableCheckpoint: if there is no such step.
@@ -189,6 +217,9 @@ class TrainingCheckpoints:
         self._check_config(step, notes["config"])
         _check_arrays(step, notes["arrays"], template)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        for leaf in jax.tree.leaves(frees):
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         with _failing_together(CorruptCheckpoint):
             state = self._manager.restore(step, args=arguments)["state"]
@@ -238,19 +269,59 @@ def _loss(metrics: Mapping[str, float]) -> float:
     return metrics["loss"]
 
 
-def _best(metrics: Mapping[int, Mapping[str, float] | None]) -> int | None:
-    """Step with the lowest loss, the first of equals; ``None`` if no loss was measured."""
+def _is_committed(step: Path) -> bool:
+    """Whether a step is whole; in a bucket a file says so, on a disk its name does."""
+    return not storage.is_remote(step) or (step / "commit_success.txt").exists()
+
+
+def _mend_loss(step: Path) -> None:
+    """Check the file of a step's loss, and write it anew if it is damaged."""
+    file = step / "metrics" / "metrics"
+    try:
+        _loss_of(storage.read_text(file))
+        return
+    except FileNotFoundError:
+        damage = "missing"
+    except ValueError as error:
+        damage = f"damaged ({_first_line(error)})"
+    loss = None
+    # Damaged notes are found when the step is restored.
+    with contextlib.suppress(
+        FileNotFoundError, CorruptCheckpoint, ValueError, LookupError, TypeError
+    ):
+        stored = json.loads(storage.read_text(step / "notes" / "metadata"))
+        loss = _checked_notes(stored).get("loss")
+    if damage == "missing" and loss is None:
+        return
+    found = "its loss is not known" if loss is None else f"the notes have its loss, {loss}"
+    logger.warning("%s is %s; written anew: %s", file, damage, found)
+    file.parent.mkdir(exist_ok=True)
+    with storage.replacing(file) as new:
+        new.write_text(json.dumps({"loss": math.inf if loss is None else loss}))
+
+
+def _loss_of(text: str) -> float:
+    """The loss in a file of metrics; raises ValueError."""
+    found = json.loads(text)
+    loss = found.get("loss") if isinstance(found, dict) else None
+    if not isinstance(loss, int | float) or isinstance(loss, bool) or math.isnan(loss):
+        raise ValueError(f'must be {{"loss": NUMBER}}, is {text!r}')
+    return loss
+
+
+def _best(metrics: Mapping[int, Mapping[str, float] | None]) -> Best:
     losses = {step: _loss(found) for step, found in metrics.items() if found}
     measured = [(loss, step) for step, loss in losses.items() if loss < math.inf]
-    return min(measured)[1] if measured else None
+    loss, step = min(measured, default=(math.inf, None))
+    return Best(step, loss)
 
 
 class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
-    """Keep the step that ``best_step`` names; of equal losses Orbax's own keeps the last."""
+    """Keep the step that ``best`` names; of equal losses Orbax's own keeps the last."""
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context
-        best = _best({checkpoint.step: checkpoint.metrics for checkpoint in checkpoints})
+        best = _best({checkpoint.step: checkpoint.metrics for checkpoint in checkpoints}).step
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 

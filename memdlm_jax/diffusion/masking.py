@@ -29,10 +29,14 @@ def choose_exactly(key: Key, candidates: Mask, count: Int[Array, "b"]) -> Mask:
 def random_ranks(key: Key, candidates: Mask) -> Int[Array, "b l"]:
     """Each candidate's place, from 0, in an order of its row's candidates drawn uniformly.
 
-    Positions that are no candidates come after all that are.
+    Other positions come after all candidates. A float32 uniform has 2^23 values, so in a row of
+    32k tokens some 64 pairs have equal scores; 32 further random bits put them in order.
     """
     scores = jnp.where(candidates, jax.random.uniform(key, candidates.shape), jnp.inf)
-    return jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
+    ties = jax.random.bits(jax.random.fold_in(key, 1), candidates.shape)
+    places = jnp.broadcast_to(jnp.arange(candidates.shape[-1]), candidates.shape)
+    *_, order = jax.lax.sort((scores, ties, places), num_keys=2)
+    return jnp.argsort(order, axis=-1)
 
 
 def apply_mask(tokens: Tokens, mask: Mask, mask_token_id: int) -> Tokens:

@@ -1,6 +1,7 @@
 """What a backbone is made of: sizes and switches, and how its layers form stacks."""
 
 import dataclasses
+import typing
 from collections.abc import Iterator
 from typing import Literal
 
@@ -60,12 +61,15 @@ class TransformerConfig:
     vocab_chunk: int = 0
 
     def __post_init__(self):
+        hints = typing.get_type_hints(type(self))  # A field's own type may be a string.
         for field in dataclasses.fields(self):
+            if hints[field.name] is not int:
+                continue
             value = getattr(self, field.name)
-            if field.type is int and type(value) is not int:
+            if type(value) is not int:
                 raise ValueError(f"{field.name}={value!r} must be a whole number")
             least = 1 if field.default is dataclasses.MISSING else 0
-            if field.type is int and value < least:
+            if value < least:
                 raise ValueError(f"{field.name}={value} must be at least {least}")
         if self.remat not in ("none", "full", "dots"):
             raise ValueError(f"remat={self.remat!r} must be one of 'none', 'full', 'dots'")

@@ -12,7 +12,7 @@ import jax
 from memdlm_jax import processes, storage
 from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from memdlm_jax.progress import Progress
-from memdlm_jax.training import feed
+from memdlm_jax.training import feed, run_folder
 from memdlm_jax.training.feed import Batches
 from memdlm_jax.training.interruption import stop_on_sigterm
 from memdlm_jax.training.metrics import MetricsWriter
@@ -51,6 +51,8 @@ class TrainConfig:
         keep_last: newest checkpoints to keep, beside the best.
         profile_steps: steps to record with ``jax.profiler`` once warmed up; 0 for none.
         peak_flops: FLOPs a second of a device, for the utilisation; 0 takes what is published.
+        count_flops: report FLOPs, utilisation and the inner loop's share of them. Counting traces
+            the step up to twice more per batch length, which takes long for large models.
     """
 
     output: str
@@ -63,6 +65,7 @@ class TrainConfig:
     keep_last: int = 2
     profile_steps: int = 0
     peak_flops: float = 0.0
+    count_flops: bool = True
 
     def __post_init__(self):
         if not self.output:
@@ -93,7 +96,7 @@ class Result:
         finished: False if a signal stopped the run before its last step.
     """
 
-    state: TrainState
+    state: TrainState = dataclasses.field(repr=False)
     best_step: int | None
     best_loss: float
     finished: bool
@@ -121,7 +124,7 @@ def run(
     Args:
         config: settings of the loop.
         setup: of the step.
-        state: before the first step; donated.
+        state: before the first step; donated, and freed before a checkpoint takes its place.
         data: training batches; batches of equal length share one compilation. Of several processes
             each reads its own rows if the data is ``Divisible``; else it makes whole batches.
         validation: batches of host arrays, scored with the same masks every time.
@@ -135,14 +138,18 @@ def run(
         The last state, and which step validated best.
 
     Raises:
+        FolderInUse: if another run works in ``config.output``.
         NotFinite: if loss or gradient of a step is not finite, naming the step.
         ConfigMismatch: if ``identity``, validation or shapes are not those of the checkpoint.
     """
-    with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
+    with (
+        run_folder.claimed(config.output),
+        contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints,
+    ):
         steps = CompiledSteps(setup, feed.capacity_for(data, validation), frozen, mesh)
         for note in steps.undivided(state.theta):
             logger.info("%s", note)
-        progress = _restored(checkpoints, steps.place(state))
+        progress = _restored(checkpoints, steps, state)
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
             loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)
             return loop.run()
@@ -160,17 +167,23 @@ def load_best(
     Args:
         config: as given to ``run``.
         setup: as given to ``run``.
-        result: what ``run`` returned.
+        result: what ``run`` returned; if another step is loaded, its optimiser state is freed.
         validation: as given to ``run``.
         identity: as given to ``run``.
 
     Raises:
+        FolderInUse: another run works in ``config.output``.
         CorruptCheckpoint, NoUsableCheckpoint: that step cannot be trusted, or is gone.
     """
     if result.best_step in (None, int(result.state.step)):
         return result.state.theta
-    with contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints:
-        return checkpoints.restore(result.best_step, result.state).state.theta
+    with (
+        run_folder.claimed(config.output),
+        contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints,
+    ):
+        last = result.state
+        best = checkpoints.restore(result.best_step, last, frees=last.optimizer_state)
+        return best.state.theta
 
 
 def _checkpoints(config, setup, validation, identity) -> TrainingCheckpoints:
@@ -228,13 +241,21 @@ class _Progress:
     best_loss: float = math.inf
 
 
-def _restored(checkpoints: TrainingCheckpoints, state: TrainState) -> _Progress:
+def _restored(
+    checkpoints: TrainingCheckpoints, steps: CompiledSteps, state: TrainState
+) -> _Progress:
     """The newest good checkpoint, or the beginning."""
-    restored = checkpoints.restore_latest(state)
+    restored = checkpoints.restore_latest(steps.abstract(state), frees=state)
     if restored is None:
-        return _Progress(state)
+        return _Progress(steps.place(state))
     logger.info("resuming after step %d of %s", restored.step, checkpoints.folder)
     best_step, best_loss = restored.extra["best"] or (None, math.inf)
+    if best_step != (kept := checkpoints.best()).step:
+        logger.warning(
+            "step %s was the best, but it is gone or its loss is not known; of the steps that are "
+            "left %s is the best", best_step, kept.step,
+        )  # fmt: skip
+        best_step, best_loss = kept.step, kept.loss
     return _Progress(restored.state, restored.position, best_step, best_loss)
 
 
@@ -254,7 +275,7 @@ class _Loop:
     def run(self) -> Result:
         """Take the steps that are left."""
         c, p = self.config, self.progress
-        self.speed = Speed(self.steps, self.config.peak_flops)
+        self.speed = Speed(self.steps, c.peak_flops, c.count_flops)
         self.pending: list[tuple[int, Metrics]] = []
         self.lengths: set[int] = set()
         self.saved = p.step

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Int
 
 from memdlm_jax import partitioning
@@ -56,6 +56,12 @@ class Placed:
         )
 
 
+def _abstract(tree: Any, sharding: Sharding) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
 def mesh_for(mesh: MeshConfig | None) -> MeshConfig | None:
     """The mesh to use: among several processes, where none is given, rows over all devices."""
     return MeshConfig() if mesh is None and jax.process_count() > 1 else mesh
@@ -77,6 +83,9 @@ class _OneDevice:
     def place(self, tree: Any) -> Any:
         return jax.device_put(tree, self._device)
 
+    def abstract(self, tree: Any) -> Any:
+        return _abstract(tree, SingleDeviceSharding(self._device))
+
     def put(self, batch: Batch, accumulation: int) -> Batch:
         del accumulation
         return jax.device_put(batch, self._device)
@@ -97,6 +106,9 @@ class _Mapped:
 
     def place(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+    def abstract(self, tree: Any) -> Any:
+        return _abstract(tree, NamedSharding(self._mesh, PartitionSpec()))
 
     def put(self, batch: Batch, accumulation: int) -> Batch:
         """[b, l] -> [devices, b / devices, l]."""
@@ -125,6 +137,9 @@ class _OnMesh:
 
     def place(self, tree: Any) -> Any:
         return self.layout.place(tree)
+
+    def abstract(self, tree: Any) -> Any:
+        return self.layout.abstract(tree)
 
     def put(self, batch: Batch, accumulation: int) -> Batch:
         rows, length = batch.tokens.shape
@@ -205,6 +220,10 @@ class CompiledSteps:
     def place(self, state: Any) -> Any:
         """Put a pytree on all devices: a whole copy on each, or on a mesh each its share."""
         return self._way.place(state)
+
+    def abstract(self, state: Any) -> Any:
+        """What ``place`` would return, as ``jax.ShapeDtypeStruct``; nothing is allocated."""
+        return self._way.abstract(state)
 
     def undivided(self, theta: Theta) -> list[Whole]:
         """Dimensions of trained and frozen parameters that no device has less than all of.

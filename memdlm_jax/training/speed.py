@@ -37,9 +37,17 @@ class Speed:
     Compilation, validation and saving do not count.
     """
 
-    def __init__(self, steps: CompiledSteps, peak: float = 0.0):
-        """Start the clock; ``peak`` FLOPs a second of one device, 0 to look it up."""
+    def __init__(self, steps: CompiledSteps, peak: float = 0.0, count_flops: bool = True):
+        """Start the clock.
+
+        Args:
+            steps: count the FLOPs of their step.
+            peak: FLOPs a second of one device, 0 to look it up.
+            count_flops: whether to count them; else the step is not traced, and tokens are all
+                that is reported.
+        """
         self._steps = steps
+        self._counts = count_flops
         devices = jax.devices()
         self._peak = (peak or peak_flops(devices[0].device_kind) or 0.0) * len(devices)
         self.restart()
@@ -51,6 +59,8 @@ class Speed:
 
     def count(self, state: TrainState, batch: Batch) -> None:
         """Add one step on this batch, arrays [b, l] or their shapes."""
+        if not self._counts:
+            return
         flops, self._share = self._steps.inner_loop_share(state, batch)
         self._flops += flops
 
@@ -63,11 +73,11 @@ class Speed:
         """
         compiling = self._steps.compile_seconds - self._compiled
         seconds = max(time.monotonic() - self._start - compiling, 1e-9)
-        rates = {
-            "speed/tokens_per_second": tokens / seconds,
-            "speed/matmul_flops_per_second": self._flops / seconds,
-            "speed/inner_flops_share": self._share,
-        }
+        rates = {"speed/tokens_per_second": tokens / seconds}
+        if not self._counts:
+            return rates
+        rates["speed/matmul_flops_per_second"] = self._flops / seconds
+        rates["speed/inner_flops_share"] = self._share
         if self._peak:
             rates["speed/model_flop_utilisation"] = self._flops / seconds / self._peak
         return rates

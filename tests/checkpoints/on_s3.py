@@ -48,7 +48,7 @@ def write():
             run.save(step, state(step), position=10 * step, loss=loss)
         run.wait()
     with checkpoints() as run:
-        return {"steps": run.steps(), "best": run.best_step()}
+        return {"steps": run.steps(), "best": run.best().step}
 
 
 def read():
@@ -70,7 +70,8 @@ def read():
             "step": found.step, "position": found.position, "same": same, "steps": run.steps(),
             "aside": storage.size(folder / "5.corrupt" / "commit_success.txt") > 0,
             "killed": [str(file) for file in storage.files_below(folder / "6")],
-            "region": orbax_s3._service("bucket")["aws_region"], "model": a_model(), "missing": a_missing_bucket(),
+            "region": orbax_s3._service("bucket")["aws_region"],
+            "model": a_model(), "missing": a_missing_bucket(),
         }  # fmt: skip
 
 

@@ -3,14 +3,18 @@
 import json
 import logging
 import os
+import re
 import urllib.request
+from pathlib import Path
 
 import boto3
+import orbax.checkpoint as ocp
 import pytest
 from moto.server import ThreadedMotoServer
 from orbax.checkpoint._src.path import gcs_utils
 
 from memdlm_jax.checkpoints import orbax_s3
+from memdlm_jax.checkpoints.training_state import TrainingCheckpoints
 from tests.launch import launch
 
 
@@ -57,7 +61,8 @@ def test_two_processes_write_what_one_reads(environment, tmp_path):
     (found,) = together("read", tmp_path, 1)
     assert found == {
         "step": 4, "position": 40, "same": {"a": True, "b": True, "n": True},
-        "steps": [2, 4], "aside": True, "killed": [], "region": "eu-west-1", "model": True, "missing": True,
+        "steps": [2, 4], "aside": True, "killed": [], "region": "eu-west-1",
+        "model": True, "missing": True,
     }  # fmt: skip
     listed = boto3.client("s3").list_objects_v2(Bucket="bucket", Prefix="deep/run/4/state/ocdbt.")
     assert {file["Key"].split("/")[4] for file in listed["Contents"]} == {
@@ -65,10 +70,20 @@ def test_two_processes_write_what_one_reads(environment, tmp_path):
     }  # fmt: skip
 
 
-def test_a_release_of_orbax_without_the_place_for_it_is_named(monkeypatch):
-    monkeypatch.delattr(gcs_utils, "is_gcs_path")
-    with pytest.raises(ImportError, match=r"s3://: this release of Orbax has no .*is_gcs_path"):
-        orbax_s3.teach("s3://b/run")
+def test_another_release_of_orbax_is_refused_on_s3_only(monkeypatch, tmp_path):
+    before = gcs_utils.is_gcs_path
+    monkeypatch.setattr(ocp, "__version__", "0.12.99")
+    wanted = r"s3://b/run.*: Orbax 0\.12\.99 is installed.*verified with Orbax 0\.12\.8 only"
+    with pytest.raises(ImportError, match=wanted):
+        TrainingCheckpoints("s3://b/run", {})
+    assert gcs_utils.is_gcs_path is before
+    TrainingCheckpoints(tmp_path / "run", {}).close()
+
+
+def test_the_release_that_is_installed_by_default_is_verified():
+    constraints = (Path(__file__).parents[2] / "constraints.txt").read_text()
+    pinned = re.search(r"^orbax-checkpoint==(.+)$", constraints, re.MULTILINE)
+    assert pinned and pinned[1] in orbax_s3.VERIFIED
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_older_checkpoints_are_read_and_verified(opened, monkeypatch):
 
 def test_an_empty_folder_restores_nothing(opened):
     assert opened().restore_latest(state(0)) is None
-    assert opened().best_step() is None
+    assert opened().best().step is None
 
 
 def test_a_state_may_be_donated_while_it_is_written(opened):
@@ -106,16 +106,70 @@ def test_a_state_may_be_donated_while_it_is_written(opened):
 
 def test_keeps_the_newest_and_the_best(opened):
     checkpoints = saved(opened, *range(1, 7), losses={1: 3.0, 2: 1.0, 4: 2.0})
-    assert checkpoints.steps() == [2, 5, 6] and checkpoints.best_step() == 2
+    assert checkpoints.steps() == [2, 5, 6] and checkpoints.best().step == 2
     again = opened()
     again.save(7, state(7), 70)
     again.wait()
-    assert again.steps() == [2, 6, 7] and again.best_step() == 2
+    assert again.steps() == [2, 6, 7] and again.best().step == 2
 
 
 def test_the_first_of_equal_losses_is_the_best(opened):
     checkpoints = saved(opened, *range(1, 7), losses={1: 3.0, 2: 1.0, 3: 1.0, 4: 1.0})
-    assert checkpoints.steps() == [2, 5, 6] and checkpoints.best_step() == 2
+    assert checkpoints.steps() == [2, 5, 6] and checkpoints.best().step == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"loss": 1', '{"loss": "x"}', '{"loss": NaN}', "[1.0]", "\udcff", None],
+    ids=repr,
+)
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_damaged_loss_is_named_and_mended(opened, caplog, content, step):
+    checkpoints = saved(opened, *range(1, 7), losses={1: 3.0, 2: 1.0, 4: 2.0})
+    checkpoints.close()
+    file = checkpoints.folder / str(step) / "metrics" / "metrics"
+    file.unlink()
+    if content is not None:
+        file.write_text(content, errors="surrogateescape")
+    again = opened()
+    assert (f"{file} is " in caplog.text) == (content is not None or step == 2)
+    assert again.restore_latest(state(0)).step == 6 and again.best() == (2, 1.0)
+    again.save(7, state(7), 70, loss=1.5)
+    again.wait()
+    assert again.steps() == [2, 6, 7] and again.best() == (2, 1.0)
+    caplog.clear()
+    again.close()
+    assert opened().best() == (2, 1.0) and not caplog.text
+
+
+def test_a_damaged_loss_that_the_notes_do_not_have_is_none(opened, caplog):
+    """As in checkpoints of earlier versions; or the notes are damaged too."""
+    checkpoints = saved(opened, *range(1, 5), losses={1: 1.0, 3: 2.0})
+    checkpoints.close()
+    (checkpoints.folder / "1" / "metrics" / "metrics").write_text("")
+    (checkpoints.folder / "1" / "notes" / "metadata").write_text("{}")
+    again = opened()
+    assert "1/metrics/metrics is damaged" in caplog.text
+    assert "its loss is not known" in caplog.text
+    assert again.restore_latest(state(0)).step == 4 and again.best() == (3, 2.0)
+    again.save(5, state(5), 50)
+    again.wait()
+    assert again.steps() == [3, 4, 5]
+
+
+def test_what_a_checkpoint_replaces_is_freed_before_its_arrays_are_restored(opened, monkeypatch):
+    saved(opened, 1)
+    checkpoints, first = opened(), state(0)
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first
+    )
+    assert not any(leaf.is_deleted() for leaf in first.values())
+    with pytest.raises(ConfigMismatch):
+        opened(CONFIG | {"new": 1}).restore_latest(placed, frees=first)
+    assert not any(leaf.is_deleted() for leaf in first.values())
+    restored = checkpoints.restore_latest(placed, frees=first)
+    assert all(leaf.is_deleted() for leaf in first.values())
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state(1))
 
 
 def test_a_step_that_is_not_there_is_named(opened):

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdlm_jax.diffusion.masking import apply_mask, bernoulli_mask, choose_exactly
+from memdlm_jax.diffusion.masking import (
+    apply_mask,
+    bernoulli_mask,
+    choose_exactly,
+    random_ranks,
+)
 
 MASKABLE = np.array([[0, 1, 1, 1, 1, 0, 1, 1], [1] * 8, [0] * 8, [0, 0, 0, 1, 0, 0, 0, 0]], bool)
 DRAWS = 4000
@@ -81,3 +86,19 @@ def test_apply_mask_replaces_only_the_masked_and_keeps_the_dtype():
     masked = apply_mask(tokens, mask, 63)
     assert masked.dtype == jnp.int32
     np.testing.assert_array_equal(masked, [[63, 1, 2, 63], [4, 5, 6, 7], [63] * 4])
+
+
+def test_equal_scores_are_put_in_random_order():
+    """Among 32k candidates some scores are equal: the left one must not always come first."""
+    key, candidates = jax.random.key(0), np.ones((16, 2**15), bool)
+    scores = np.asarray(jax.random.uniform(key, candidates.shape))
+    ranks = np.asarray(random_ranks(key, jnp.asarray(candidates)))
+    left_first = []
+    for row, rank in zip(scores, ranks, strict=True):
+        np.testing.assert_array_equal(np.sort(rank), np.arange(2**15))
+        order = np.argsort(row, kind="stable")
+        pairs = np.flatnonzero(np.diff(row[order]) == 0)
+        left_first += list(rank[order[pairs]] < rank[order[pairs + 1]])
+        assert (np.diff(row[np.argsort(rank)]) >= 0).all()
+    assert len(left_first) > 500
+    assert abs(np.mean(left_first) - 0.5) < 4 * 0.5 / np.sqrt(len(left_first))

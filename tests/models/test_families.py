@@ -122,12 +122,23 @@ def test_compute_in_bfloat16_keeps_logits_and_norms_in_float32(family):
 
 
 def test_fast_weights_act_like_a_merged_matrix(family):
-    """(W + scale A B) in the base equals the adapted forward pass, in every adaptable matrix."""
+    """(W + scale A B) in the base equals the adapted forward pass, in every adaptable matrix.
+
+    In float64: the two round differently, and by how much depends on the processor.
+    """
     model, theta = family
+    with jax.enable_x64(True):
+        model = model.with_config(dtype="float64", param_dtype="float64")
+        assert_adapted_equals_merged(model, jax.tree.map(lambda x: x.astype(float), theta))
+
+
+def assert_adapted_equals_merged(model, theta):
     every = tuple(dict.fromkeys(path.split("/")[-1] for path in model.adaptable()))
     config = MemoryConfig(rank=2, layer_fraction=0.99, target_modules=every)
     phi = fast_weights.init(jax.random.key(1), model, config, groups=1)
-    phi = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), phi)
+    phi = jax.tree.map(
+        lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape, float), phi
+    )
     runs = {run.name: run for run in runs_of(model.config)}
     merged, count = jax.tree.map(jnp.copy, theta), 0
     for path, delta in jax.tree_util.tree_leaves_with_path(
@@ -142,7 +153,7 @@ def test_fast_weights_act_like_a_merged_matrix(family):
         count += 1
     assert count == len(model.adaptable())
     adapted = logits(model, theta, phi, split=0)
-    np.testing.assert_allclose(adapted, logits(model, merged, split=0), atol=3e-5)
+    np.testing.assert_allclose(adapted, logits(model, merged, split=0), atol=1e-12)
     assert jnp.abs(adapted - logits(model, theta)).max() > 0.01
 
 

@@ -6,6 +6,7 @@ Writes one JSON object, name of a check -> what was found, to FOLDER/JOB-NUMBER.
 """
 
 import dataclasses
+import fcntl
 import gc
 import json
 import os
@@ -33,7 +34,7 @@ from memdlm_jax.evaluation.asking import Answers, Asked
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.processes import DistributedConfig
-from memdlm_jax.training import loop, optimizer, state
+from memdlm_jax.training import loop, optimizer, run_folder, state
 from memdlm_jax.training.parallel import CompiledSteps
 from memdlm_jax.training.sharding import MeshConfig
 from memdlm_jax.training.step import StepSetup
@@ -214,6 +215,19 @@ def divided():
     return {"digest": digests.digest(global_array), "one": digests.digest(array), "equal": same}
 
 
+def refused(folder):
+    """What each process says where process 0 finds the folder in use."""
+    folder.mkdir(exist_ok=True)
+    with (folder / run_folder.LOCK).open("a+") as other:
+        if processes.is_first():
+            fcntl.flock(other, fcntl.LOCK_EX)
+        try:
+            with run_folder.claimed(folder):
+                return "claimed"
+        except run_folder.FolderInUse as error:
+            return str(error)
+
+
 def first_job(folder):
     data = Stopping()
     found = {
@@ -223,6 +237,7 @@ def first_job(folder):
         "measured": measured(),
         "placed": placed_by_hand(),
         "divided": divided(),
+        "refused": refused(folder / "held"),
         "harness": harness_answers(),
         "with_memory": step_with_memory(),
     }

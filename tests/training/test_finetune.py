@@ -7,12 +7,16 @@ import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from experiments import finetune
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data.tokenizer import train_tokenizer
 from memdlm_jax.models import lora
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
+from memdlm_jax.training.run_folder import LOCK, claimed
+from tests.training.test_loop import live_bytes
 
 CONFIG = """
 from ml_collections import config_dict
@@ -70,6 +74,34 @@ def test_from_the_command_line_to_a_model_folder(root, environment):
     assert not (theta["embedding"] == start["embedding"]).all()
     same = (root / "model" / "tokenizer.json").read_bytes()
     assert (root / "run" / "best" / "tokenizer.json").read_bytes() == same
+
+
+def test_a_second_start_ends_in_one_line_and_leaves_no_trace(root, environment):
+    with claimed(root / "held"):
+        failed = run(root, environment, f"--config.train.output={root}/held")
+    assert_one_line(failed, f"{root}/held is in use by another run (process {os.getpid()} on ")
+    assert [file.name for file in (root / "held").iterdir()] == [LOCK]
+
+
+def test_resuming_frees_the_model_it_started_from(root, monkeypatch):
+    namespace = {}
+    exec((root / "config.py").read_text(), namespace)
+    settings = namespace["get_config"]()
+    settings.train.output, settings.validation_batches = str(root / "freed"), 0
+    settings.train.steps = settings.optimizer.total_steps = 1
+    config = finetune.from_config_dict(settings)
+    before, found = live_bytes(), []
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(finetune.finetune(config).state))
+    restore = ocp.CheckpointManager.restore
+
+    def measured(manager, step, *, args):
+        found.append(live_bytes() - before)
+        return restore(manager, step, args=args)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", measured)
+    result = finetune.finetune(config)
+    notes, arrays = found[:2]
+    assert result.finished and arrays < size / 20 < size <= notes, (found, size)
 
 
 def test_adapters_over_a_narrow_base(root, environment):

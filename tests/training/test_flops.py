@@ -80,6 +80,14 @@ def test_utilisation_is_of_the_devices_peak():
     assert rates["speed/model_flop_utilisation"] == pytest.approx(expected)
 
 
+def test_without_a_count_the_step_is_not_traced(monkeypatch):
+    steps = CompiledSteps(tiny.setup(tiny.MEMORY), lambda length: length)
+    monkeypatch.setattr(steps, "inner_loop_share", None)
+    speed = Speed(steps, 1e9, count_flops=False)
+    speed.count(tiny.fresh_state(), tiny.batch(rows=2, length=8))
+    assert list(speed.since_last_report(9)) == ["speed/tokens_per_second"]
+
+
 def test_model_flops_leave_out_what_remat_computes_again():
     setup = tiny.setup(tiny.MEMORY)
     again = setup.denoiser.with_config(remat="full", vocab_chunk=7)

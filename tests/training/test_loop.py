@@ -1,8 +1,10 @@
 """The loop: resuming to the bit, stopping, validation, and what it writes."""
 
 import dataclasses
+import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +12,14 @@ import threading
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from memdlm_jax.checkpoints.training_state import ConfigMismatch, NoUsableCheckpoint
 from memdlm_jax.training import feed, loop
 from memdlm_jax.training.metrics import MetricsWriter
 from memdlm_jax.training.parallel import CompiledSteps
+from memdlm_jax.training.run_folder import FolderInUse, claimed
 from tests.training import tiny
 
 
@@ -86,6 +90,92 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path, undisturbed, environment):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "loss/mem')  # cut off in the middle of a line
     assert_same_run(tmp_path, tiny.run(tmp_path), undisturbed)
+
+
+class Twice(tiny.Data):
+    """Starts a second run in the same folder in the middle of the first."""
+
+    def __init__(self, folder, changes):
+        self.folder, self.changes, self.refusals = folder, changes, []
+
+    def batch_at(self, step):
+        if step == 6:
+            (self.folder / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+            before = (self.folder / "metrics.jsonl").stat()
+            with pytest.raises(FolderInUse, match=f"{self.folder} is in use by another run"):
+                tiny.run(self.folder, **self.changes)
+            assert (self.folder / "checkpoints" / "7.orbax-checkpoint-tmp").is_dir()
+            assert (self.folder / "metrics.jsonl").stat().st_ino == before.st_ino
+            self.refusals.append(step)
+        return super().batch_at(step)
+
+
+@pytest.mark.parametrize("changes", [{}, {"validation_seed": 9}], ids=["same", "other"])
+def test_a_second_start_in_the_folder_leaves_the_run_as_it_is(tmp_path, undisturbed, changes):
+    data = Twice(tmp_path, changes)
+    assert_same_run(tmp_path, tiny.run(tmp_path, data=data), undisturbed)
+    assert data.refusals == [6]
+
+
+def test_the_best_of_a_running_run_is_not_loaded(tmp_path, undisturbed):
+    other = dataclasses.replace(undisturbed[1], best_step=9)
+    thread_failed = []
+
+    def load():
+        try:
+            loop.load_best(tiny.train_config(tmp_path), tiny.setup(), other, tiny.validation())
+        except FolderInUse as error:
+            thread_failed.append(error)
+
+    with claimed(tmp_path):
+        thread = threading.Thread(target=load)
+        thread.start()
+        thread.join()
+    assert thread_failed and not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("step", ["4", "8"])
+def test_a_run_whose_step_has_a_damaged_loss_resumes_to_the_bit(
+    tmp_path, undisturbed, caplog, step
+):
+    tiny.run(tmp_path, steps=8, keep_last=9)
+    file = tmp_path / "checkpoints" / step / "metrics" / "metrics"
+    file.write_text("")
+    assert_same_run(tmp_path, tiny.run(tmp_path), undisturbed)
+    assert f"{file} is damaged" in caplog.text
+
+
+def live_bytes():
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_nothing_of_the_first_state_is_alive_when_a_checkpoint_is_restored(
+    tmp_path, undisturbed, monkeypatch
+):
+    tiny.run(tmp_path, steps=3, validate_every=0)
+    before, found = live_bytes(), []
+    state = tiny.fresh_state()
+    size = live_bytes() - before
+    restore = ocp.CheckpointManager.restore
+
+    def measured(manager, step, *, args):
+        if "state" in args.keys():  # noqa: SIM118
+            found.append(live_bytes() - before)
+        return restore(manager, step, args=args)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", measured)
+    config = tiny.train_config(tmp_path, steps=6, validate_every=0)
+    loop.run(config, tiny.setup(), state, tiny.Data(), tiny.validation())
+    assert size > 3 * 4 * 2000 and len(found) == 1
+    assert found[0] < size / 20, (found, size)
+
+
+def test_flops_may_be_left_uncounted(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr(CompiledSteps, "inner_loop_share", None)
+    assert_same_run(tmp_path, tiny.run(tmp_path, count_flops=False), undisturbed)
+    for line in lines_of(tmp_path, timed=True):
+        assert [name for name in line if "speed/" in name] == ["speed/tokens_per_second"]
 
 
 def test_sigterm_saves_and_stops_and_the_run_goes_on(tmp_path, undisturbed):
@@ -201,7 +291,8 @@ def test_a_bad_row_stops_the_run_at_its_step(tmp_path):
 
 def test_the_best_step_is_loaded(tmp_path, undisturbed):
     folder, result = undisturbed
-    earlier = dataclasses.replace(result, best_step=9)
+    copied = jax.tree.map(jax.numpy.copy, result.state)  # Its optimiser state is freed.
+    earlier = dataclasses.replace(result, best_step=9, state=copied)
     validation = tiny.validation()
     theta = loop.load_best(tiny.train_config(folder), tiny.setup(), earlier, validation)
     different = jax.tree.map(lambda a, b: bool((a != b).any()), theta, result.state.theta)
@@ -217,6 +308,18 @@ def test_the_first_of_equally_good_steps_is_the_best(tmp_path):
     assert len(losses) == 1 and result.best_step == 1
     theta = loop.load_best(config, setup, result, [tiny.batch(1)])
     jax.tree.map(np.testing.assert_array_equal, theta, result.state.theta)
+
+
+def test_a_best_step_that_is_gone_is_no_longer_the_best(tmp_path, caplog):
+    frozen = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-30)
+    setup = dataclasses.replace(tiny.setup(), optimizer=frozen)
+    for steps in (3, 4):
+        config = tiny.train_config(tmp_path, steps=steps, validate_every=1, save_every=1)
+        result = loop.run(config, setup, tiny.fresh_state(frozen), tiny.Data(), [tiny.batch(1)])
+        assert result.best_step == steps - 2
+        shutil.rmtree(tmp_path / "checkpoints" / "1", ignore_errors=True)
+    assert "step 1 was the best, but it is gone" in caplog.text
+    loop.load_best(config, setup, result, [tiny.batch(1)])
 
 
 def test_all_corrupt_is_an_error(tmp_path, undisturbed):

@@ -146,6 +146,12 @@ def test_a_digest_is_that_of_one_process_and_a_gathered_array_whole(chain):
 
 
 @pytest.mark.distributed
+def test_a_folder_in_use_is_refused_by_all(chain):
+    for found in chain["first"]:
+        assert f"{chain['folder']}/held is in use by another run" in found["refused"]
+
+
+@pytest.mark.distributed
 def test_what_processes_tell_each_other(chain):
     for found in chain["first"]:
         assert [one["number"] for one in found["gathered"]] == [0, 1]
