@@ -42,7 +42,7 @@ from memdlm_jax.models.transformer import Transformer
 from memdlm_jax.parameters import Partitioned, merged, partition
 from memdlm_jax.training import fit, loop, run_folder
 from memdlm_jax.training import state as states
-from memdlm_jax.training.loop import Result, TrainConfig
+from memdlm_jax.training.loop import Result, RunData, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.parallel import mesh_for
 from memdlm_jax.training.sharding import Layout, MeshConfig
@@ -159,13 +159,11 @@ def _finetune(config: FinetuneConfig, mesh: MeshConfig | None, layout: Layout | 
         denoiser, config.optimizer, inner_loop, config.schedule, loss=config.loss,
         dropout=lora.with_dropout if config.lora and config.lora.dropout else None,
     )  # fmt: skip
-    identity = identity_of(config, prepared)
+    data = RunData(train, validation, identity_of(config, prepared))
     state, frozen = start_of(config, denoiser, theta)
-    result = loop.run(config.train, setup, state, train, validation, identity, frozen=frozen,
-        mesh=mesh,
-    )  # fmt: skip
+    result = loop.run(config.train, setup, state, data, frozen=frozen, mesh=mesh)
     if result.finished:
-        best = loop.load_best(config.train, setup, result, validation, identity)
+        best = loop.load_best(config.train, setup, result, data)
         folder = storage.path(config.train.output) / "best"
         trained, learned = split_learned(jax.tree.map(processes.whole, best))
         if processes.is_first():

@@ -32,7 +32,7 @@ from memdlm_jax.models.induction import InductionInit
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.training import loop, pretraining, run_folder
 from memdlm_jax.training import state as states
-from memdlm_jax.training.loop import Result, TrainConfig
+from memdlm_jax.training.loop import Result, RunData, TrainConfig
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.pretraining import PretrainingData
 from memdlm_jax.training.sharding import MeshConfig
@@ -127,12 +127,10 @@ def _run(config: PretrainConfig) -> tuple[Path, Result]:
         denoiser, config.optimizer, schedule=config.schedule,
         corruption=pretraining.AnswersWhole(config.schedule),
     )  # fmt: skip
-    identity = identity_of(config, data)
+    given = RunData(data.train, data.validation, identity_of(config, data))
     state = states.create(first_theta(config, denoiser), config.optimizer)
     probe = needle_probe(config.probe, denoiser, tokenizer, data.held_out_sentences, output)
-    result = loop.run(config.train, setup, state, data.train, data.validation, identity, probe,
-        mesh=config.mesh,
-    )  # fmt: skip
+    result = loop.run(config.train, setup, state, given, probe, mesh=config.mesh)
     theta = jax.tree.map(processes.whole, result.state.theta)
     if processes.is_first():
         export(output / "model", denoiser, theta, tokenizer)

@@ -11,8 +11,8 @@ _FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_c
 if _FLAGS not in (_given := os.environ.get("XLA_FLAGS", "")):
     os.environ["XLA_FLAGS"] = f"{_FLAGS} {_given}".strip()
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 pytest_plugins = ["tests.buckets"]
 

@@ -102,13 +102,27 @@ class Result:
     finished: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        train: training batches; batches of equal length share one compilation. Of several processes
+            each reads its own rows if the data is ``Divisible``; else it makes whole batches.
+        validation: batches of host arrays, scored with the same masks every time.
+        identity: dotted name -> JSON value of what a resumed run must share with the first.
+    """
+
+    train: Batches
+    validation: Sequence[Batch] = ()
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def run(
     config: TrainConfig,
     setup: StepSetup,
     state: TrainState,
-    data: Batches,
-    validation: Sequence[Batch] = (),
-    identity: Mapping[str, Any] | None = None,
+    data: RunData,
     probe: Probe | None = None,
     frozen: Theta = None,
     mesh: MeshConfig | None = None,
@@ -125,13 +139,10 @@ def run(
         config: settings of the loop.
         setup: of the step.
         state: before the first step; donated, and freed before a checkpoint takes its place.
-        data: training batches; batches of equal length share one compilation. Of several processes
-            each reads its own rows if the data is ``Divisible``; else it makes whole batches.
-        validation: batches of host arrays, scored with the same masks every time.
-        identity: dotted name -> JSON value of what a resumed run must share with the first.
+        data: batches to train and to validate on, and their identity.
         probe: further numbers of ``state.theta`` to log at every validation.
         frozen: the part of theta that is not trained, see ``step.train_step``; it is in no
-            checkpoint, so ``identity`` has to tell it.
+            checkpoint, so ``data.identity`` has to name it.
         mesh: see ``CompiledSteps``; a run may go on on another one.
 
     Returns:
@@ -140,18 +151,19 @@ def run(
     Raises:
         FolderInUse: if another run works in ``config.output``.
         NotFinite: if loss or gradient of a step is not finite, naming the step.
-        ConfigMismatch: if ``identity``, validation or shapes are not those of the checkpoint.
+        ConfigMismatch: if identity, validation or shapes are not those of the checkpoint.
     """
     with (
         run_folder.claimed(config.output),
-        contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints,
+        contextlib.closing(_checkpoints(config, setup, data)) as checkpoints,
     ):
-        steps = CompiledSteps(setup, feed.capacity_for(data, validation), frozen, mesh)
+        capacity_of = feed.capacity_for(data.train, data.validation)
+        steps = CompiledSteps(setup, capacity_of, frozen, mesh)
         for note in steps.undivided(state.theta):
             logger.info("%s", note)
         progress = _restored(checkpoints, steps, state)
         with contextlib.closing(MetricsWriter(config.output, progress.step)) as writer:
-            loop = _Loop(config, steps, data, validation, checkpoints, writer, progress, probe)
+            loop = _Loop(config, steps, data, checkpoints, writer, progress, probe)
             return loop.run()
 
 
@@ -159,8 +171,7 @@ def load_best(
     config: TrainConfig,
     setup: StepSetup,
     result: Result,
-    validation: Sequence[Batch] = (),
-    identity: Mapping[str, Any] | None = None,
+    data: RunData,
 ) -> Theta:
     """Theta of the step that validated best; the last one if nothing was validated.
 
@@ -168,8 +179,7 @@ def load_best(
         config: as given to ``run``.
         setup: as given to ``run``.
         result: what ``run`` returned; if another step is loaded, its optimiser state is freed.
-        validation: as given to ``run``.
-        identity: as given to ``run``.
+        data: as given to ``run``.
 
     Raises:
         FolderInUse: another run works in ``config.output``.
@@ -179,22 +189,22 @@ def load_best(
         return result.state.theta
     with (
         run_folder.claimed(config.output),
-        contextlib.closing(_checkpoints(config, setup, validation, identity)) as checkpoints,
+        contextlib.closing(_checkpoints(config, setup, data)) as checkpoints,
     ):
         last = result.state
         best = checkpoints.restore(result.best_step, last, frees=last.optimizer_state)
         return best.state.theta
 
 
-def _checkpoints(config, setup, validation, identity) -> TrainingCheckpoints:
+def _checkpoints(config: TrainConfig, setup: StepSetup, data: RunData) -> TrainingCheckpoints:
     same = describe(setup) | {
         "train.seed": config.seed,
         # The best step is the best on these rows and masks only.
         "train.validation_seed": config.validation_seed,
-        "validation.batches": feed.batches_digest(validation),
+        "validation.batches": feed.batches_digest(data.validation),
     }
     folder = storage.path(config.output) / "checkpoints"
-    return TrainingCheckpoints(folder, same | dict(identity or {}), config.keep_last)
+    return TrainingCheckpoints(folder, same | dict(data.identity), config.keep_last)
 
 
 def describe(setup: StepSetup) -> dict[str, Any]:
@@ -265,8 +275,7 @@ class _Loop:
 
     config: TrainConfig
     steps: CompiledSteps
-    data: Batches
-    validation: Sequence[Batch]
+    data: RunData
     checkpoints: TrainingCheckpoints
     writer: MetricsWriter
     progress: _Progress
@@ -280,7 +289,9 @@ class _Loop:
         self.lengths: set[int] = set()
         self.saved = p.step
         trace = Trace(c.output, p.step, c.profile_steps if processes.is_first() else 0)
-        batches = feed.ahead(lambda step: feed.put(self.steps, self.data, step), p.step, c.steps)
+        batches = feed.ahead(
+            lambda step: feed.put(self.steps, self.data.train, step), p.step, c.steps
+        )
         self.bar = Progress("training", c.steps, "step", done=p.step)
         with contextlib.closing(batches), stop_on_sigterm() as stop, trace, self.bar:
             while p.step < c.steps and not stop(p.step):
@@ -324,7 +335,7 @@ class _Loop:
         metrics |= self.speed.since_last_report(int(sum(one["tokens"] for one in taken)))
         self.bar.update(0, loss=metrics["loss/memory_off"])
         loss, every = None, self.config.validate_every
-        if self.validation and every and self._due(every):
+        if self.data.validation and every and self._due(every):
             scores = self._validate()
             loss = scores["loss/memory_off"]
             if self.probe is not None:
@@ -349,7 +360,7 @@ class _Loop:
     def _validate(self) -> dict[str, float]:
         p, seed = self.progress, self.config.validation_seed
         with self.bar.doing("validating"):
-            scores = validate(self.steps, p.state.theta, self.validation, seed)
+            scores = validate(self.steps, p.state.theta, self.data.validation, seed)
         if not math.isfinite(scores["loss/memory_off"]):
             raise NotFinite(f"step {p.step}: validation loss is {scores}")
         return scores

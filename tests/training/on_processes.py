@@ -119,13 +119,13 @@ def train(folder, data):
     """The run that every job takes its part of."""
     theta = jax.device_get(tiny.DENOISER.init(jax.random.key(0)))
     start = state.create(theta, SETUP.optimizer)
-    return loop.run(train_config(folder), SETUP, start, data, validation())
+    return loop.run(train_config(folder), SETUP, start, loop.RunData(data, validation()))
 
 
 def norm_after(step, folder, result):
     """Norm of the parameters that were saved after a step."""
     result = dataclasses.replace(result, best_step=step)
-    theta = loop.load_best(train_config(folder), SETUP, result, validation())
+    theta = loop.load_best(train_config(folder), SETUP, result, loop.RunData(None, validation()))
     leaves = [processes.whole(leaf) for leaf in jax.tree.leaves(theta)]
     return float(np.sqrt(sum(np.sum(leaf**2) for leaf in leaves)))
 

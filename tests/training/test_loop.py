@@ -123,7 +123,12 @@ def test_the_best_of_a_running_run_is_not_loaded(tmp_path, undisturbed):
 
     def load():
         try:
-            loop.load_best(tiny.train_config(tmp_path), tiny.setup(), other, tiny.validation())
+            loop.load_best(
+                tiny.train_config(tmp_path),
+                tiny.setup(),
+                other,
+                loop.RunData(None, tiny.validation()),
+            )
         except FolderInUse as error:
             thread_failed.append(error)
 
@@ -166,7 +171,7 @@ def test_nothing_of_the_first_state_is_alive_when_a_checkpoint_is_restored(
 
     monkeypatch.setattr(ocp.CheckpointManager, "restore", measured)
     config = tiny.train_config(tmp_path, steps=6, validate_every=0)
-    loop.run(config, tiny.setup(), state, tiny.Data(), tiny.validation())
+    loop.run(config, tiny.setup(), state, loop.RunData(tiny.Data(), tiny.validation()))
     assert size > 3 * 4 * 2000 and len(found) == 1
     assert found[0] < size / 20, (found, size)
 
@@ -205,7 +210,10 @@ def test_other_settings_do_not_resume_and_are_named(undisturbed):
     changed = dataclasses.replace(setup, optimizer=other)
     with pytest.raises(ConfigMismatch, match=r"optimizer\.learning_rate=0\.003.*1e-05"):
         loop.run(
-            tiny.train_config(folder), changed, tiny.fresh_state(), tiny.Data(), tiny.validation()
+            tiny.train_config(folder),
+            changed,
+            tiny.fresh_state(),
+            loop.RunData(tiny.Data(), tiny.validation()),
         )
 
 
@@ -216,7 +224,7 @@ def test_the_best_is_never_compared_across_validation_sets(undisturbed):
     config, state = tiny.train_config(folder), tiny.fresh_state()
     for other in (tiny.validation()[:1], tiny.validation()[::-1]):
         with pytest.raises(ConfigMismatch, match=r"has validation\.batches="):
-            loop.run(config, tiny.setup(), state, tiny.Data(), other)
+            loop.run(config, tiny.setup(), state, loop.RunData(tiny.Data(), other))
 
 
 def test_validation_rows_with_more_targets_than_training_lose_none(tmp_path):
@@ -236,7 +244,7 @@ def test_validation_rows_with_more_targets_than_training_lose_none(tmp_path):
 
     validation, setup = [tiny.batch(1)], tiny.setup(corruption=corrupt)
     config = tiny.train_config(tmp_path, steps=1, validate_every=1)
-    result = loop.run(config, setup, tiny.fresh_state(), Short(), validation)
+    result = loop.run(config, setup, tiny.fresh_state(), loop.RunData(Short(), validation))
     steps = CompiledSteps(setup, lambda length: length)
     whole = loop.validate(steps, result.state.theta, validation, config.validation_seed)
     assert result.best_loss == pytest.approx(whole["loss/memory_off"], rel=1e-5)
@@ -294,7 +302,9 @@ def test_the_best_step_is_loaded(tmp_path, undisturbed):
     copied = jax.tree.map(jax.numpy.copy, result.state)  # Its optimiser state is freed.
     earlier = dataclasses.replace(result, best_step=9, state=copied)
     validation = tiny.validation()
-    theta = loop.load_best(tiny.train_config(folder), tiny.setup(), earlier, validation)
+    theta = loop.load_best(
+        tiny.train_config(folder), tiny.setup(), earlier, loop.RunData(None, validation)
+    )
     different = jax.tree.map(lambda a, b: bool((a != b).any()), theta, result.state.theta)
     assert any(jax.tree.leaves(different))
 
@@ -303,10 +313,12 @@ def test_the_first_of_equally_good_steps_is_the_best(tmp_path):
     frozen = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-30)
     setup = dataclasses.replace(tiny.setup(), optimizer=frozen)
     config = tiny.train_config(tmp_path, steps=8, validate_every=1, save_every=20, keep_last=1)
-    result = loop.run(config, setup, tiny.fresh_state(frozen), tiny.Data(), [tiny.batch(1)])
+    result = loop.run(
+        config, setup, tiny.fresh_state(frozen), loop.RunData(tiny.Data(), [tiny.batch(1)])
+    )
     losses = {line["validation/loss/memory_off"] for line in lines_of(tmp_path)}
     assert len(losses) == 1 and result.best_step == 1
-    theta = loop.load_best(config, setup, result, [tiny.batch(1)])
+    theta = loop.load_best(config, setup, result, loop.RunData(None, [tiny.batch(1)]))
     jax.tree.map(np.testing.assert_array_equal, theta, result.state.theta)
 
 
@@ -315,11 +327,13 @@ def test_a_best_step_that_is_gone_is_no_longer_the_best(tmp_path, caplog):
     setup = dataclasses.replace(tiny.setup(), optimizer=frozen)
     for steps in (3, 4):
         config = tiny.train_config(tmp_path, steps=steps, validate_every=1, save_every=1)
-        result = loop.run(config, setup, tiny.fresh_state(frozen), tiny.Data(), [tiny.batch(1)])
+        result = loop.run(
+            config, setup, tiny.fresh_state(frozen), loop.RunData(tiny.Data(), [tiny.batch(1)])
+        )
         assert result.best_step == steps - 2
         shutil.rmtree(tmp_path / "checkpoints" / "1", ignore_errors=True)
     assert "step 1 was the best, but it is gone" in caplog.text
-    loop.load_best(config, setup, result, [tiny.batch(1)])
+    loop.load_best(config, setup, result, loop.RunData(None, [tiny.batch(1)]))
 
 
 def test_all_corrupt_is_an_error(tmp_path, undisturbed):
@@ -337,7 +351,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     poison = int(tiny.Data().batch_at(4).tokens.sum())
     setup, config = tiny.setup(corruption=corrupt), tiny.train_config(tmp_path, validate_every=0)
     with pytest.raises(loop.NotFinite, match="step 5: "):
-        loop.run(config, setup, tiny.fresh_state(), tiny.Data())
+        loop.run(config, setup, tiny.fresh_state(), loop.RunData(tiny.Data()))
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["3"]
 
 
@@ -349,7 +363,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
     poison = int(tiny.batch(1).tokens.sum())
     setup, config = tiny.setup(corruption=corrupt), tiny.train_config(tmp_path, steps=1)
     with pytest.raises(loop.NotFinite, match=r"step 1: validation loss is .*memory_off.* inf"):
-        loop.run(config, setup, tiny.fresh_state(), tiny.Data(), [tiny.batch(1)])
+        loop.run(config, setup, tiny.fresh_state(), loop.RunData(tiny.Data(), [tiny.batch(1)]))
 
 
 def test_profiles_the_steps_asked_for(tmp_path):

@@ -77,9 +77,8 @@ def validation():
 
 def run(folder, memory=None, data=None, **changes):
     """A whole run of the loop."""
-    return loop.run(
-        train_config(folder, **changes), setup(memory), fresh_state(), data or Data(), validation()
-    )
+    given = loop.RunData(data or Data(), validation())
+    return loop.run(train_config(folder, **changes), setup(memory), fresh_state(), given)
 
 
 class DyingData(Data):
