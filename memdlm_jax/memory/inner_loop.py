@@ -340,7 +340,8 @@ class InnerLoop:
         Raises:
             ValueError: a teacher reads the anchor, and none is given.
         """
-        reader = _Reader(self, rule.inner_theta(theta), trajectory, phi, rule)
+        groups = fast_weights.number_of_groups(phi)
+        reader = _Reader(self, rule.inner_theta(theta), trajectory, groups, rule)
         count, leading = reader.leading()
         return fold(
             rule.gradient(self.group_loss),
@@ -366,14 +367,14 @@ class _Reader:
         loop: the inner loop.
         theta: as the inner loop sees it.
         trajectory: the states.
-        phi: divides the rows into groups.
+        groups: memories that share out the rows.
         rule: see ``InnerLoop.adapt``.
     """
 
     loop: InnerLoop
     theta: Theta
     trajectory: Trajectory
-    phi: Phi
+    groups: int
     rule: Rule
 
     def leading(self) -> tuple[int, tuple[Any, Callable[[Any], HeadState]] | None]:
@@ -431,8 +432,7 @@ class _Reader:
             teacher,
             entered=self.loop.enters(self.rule),
         )
-        groups = fast_weights.number_of_groups(self.phi)
-        return fast_weights.group_rows(read, groups).replace(dropout_key=key)
+        return fast_weights.group_rows(read, self.groups).replace(dropout_key=key)
 
     def _teachers(self, hidden: list[Hidden], anchor: Hidden | None) -> list[Hidden]:
         """Frozen hidden states of what the teacher of each state reads."""

@@ -10,16 +10,30 @@ import jax
 import numpy as np
 import pytest
 
-from memdlm_jax.checkpoints import hugging_face
-from memdlm_jax.data.tokenizer import train_tokenizer
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.models.llada import LLaDA, LLaDAConfig
+from tests.training.test_finetune import CONFIG, make_root
 
 PARTS = '''
+import dataclasses
+
 import jax
 import optax
 
 from memdlm_jax.diffusion import objective
+from memdlm_jax.diffusion.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Square(Schedule):
+    """alpha(t) = 1 - t^2."""
+
+    minimum_time: float = 0.1
+
+    def alpha(self, t):
+        return 1 - t**2
+
+    def alpha_derivative(self, t):
+        return -2 * t
 
 
 def loss(denoiser, config, theta, student, teacher, targets):
@@ -32,43 +46,31 @@ def adam(config, rates):
     return optax.adam(config.learning_rate, eps_root=1e-8)
 '''
 
-CONFIG = """
-from ml_collections import config_dict
+OWN_CONFIG = (
+    CONFIG
+    + """
+standard = get_config
 
 def get_config():
-    return config_dict.ConfigDict({{
-        "init": "{root}/model", "validation_batches": 1,
-        "data": {{"directory": "{root}/data", "encode": {{"max_length": 32}},
-                 "sources": ({{"kind": "jsonl", "path": "{root}/rows.jsonl"}},)}},
-        "pipeline": {{"buckets": (32,), "rows_per_batch": 4}},
-        "optimizer": {{"total_steps": 4, "learning_rate": 1e-3}},
-        "train": {{"output": "{root}/run", "steps": 2, "seed": 0, "log_every": 1,
-                  "validate_every": 2}},
-        "memory": {{"enabled": True, "steps": 1, "layer_fraction": 0.5, "rank": 2,
-                   "loss": "parts_of_mine:loss", "optimizer": "parts_of_mine:adam",
-                   "learning_rate": 0.5, "meta_gradient": "exact"}},
-        "schedule": {{"name": "cosine", "minimum_time": 0.1}},
-    }})
+    config = standard()
+    config.train.steps = 2
+    with config.unlocked():
+        config.memory.update({{
+            "loss": "parts_of_mine:loss", "optimizer": "parts_of_mine:adam",
+            "learning_rate": 0.5, "meta_gradient": "exact",
+        }})
+        config.schedule = {{"name": "parts_of_mine:Square"}}
+    return config
 """
+)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("own")
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    rows = [
-        {"prompt": f"after {a} and {b}", "response": f"comes {b} {a}"} for a in words for b in words
-    ]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "config.py").write_text(CONFIG.format(root=root))
     (root / "modules").mkdir()
     (root / "modules" / "parts_of_mine.py").write_text(PARTS)
-    tokenizer = train_tokenizer((row["prompt"] for row in rows), 290, whole_numbers=False)
-    size = tokenizer.vocab_size
-    denoiser = LLaDA(LLaDAConfig(size, 16, 2, 2, 1, 32, tokenizer.mask_id, max_length=48))
-    hugging_face.save(root / "model", denoiser, denoiser.init(jax.random.key(0)))
-    tokenizer.save(root / "model" / "tokenizer.json")
-    return root
+    return make_root(root, OWN_CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_scripts_decode_and_score_with_them(trained, capsys):
 
     from experiments import lm_eval
 
-    given = {"pretrained": str(trained / "best"), "memory": True, "max_length": 48}
+    given = {"pretrained": str(trained / "best"), "memory": True, "max_length": 32}
     lm = lm_eval.MemDLM(**given)
     memory = lm.system.memory
     assert (memory.loss, memory.optimizer) == ("parts_of_mine:loss", "parts_of_mine:adam")

@@ -12,8 +12,11 @@ from ml_collections import config_dict, config_flags
 from experiments import _cli, finetune
 from experiments.configs import finetune_jsonl, finetune_needles
 from memdlm_jax.checkpoints.training_state import ConfigMismatch, CorruptCheckpoint
+from memdlm_jax.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
+from memdlm_jax.registry import SCHEDULES
 from memdlm_jax.training.loop import NotFinite
 from memdlm_jax.training.sharding import MeshConfig
+from tests.memory import own_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,3 +180,32 @@ def test_several_processes_are_refused_before_they_wait_for_each_other():
         "error: config.distributed must be as it is by default: a conversation is held in one "
         "process; experiments.generate answers prompts in several\n"
     )
+
+
+class TestSchedules:
+    """A config names its masking schedule."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        schedule: Schedule
+
+    def built(self, **settings):
+        return _cli.build(self.Settings, {"schedule": settings}).schedule
+
+    def test_by_name_linear_where_none_is_given(self):
+        assert self.built() == LinearSchedule()
+        assert self.built(name="cosine", minimum_time=0.2) == CosineSchedule(0.2)
+
+    def test_ones_own_is_imported_or_registered(self):
+        own = self.built(name="tests.memory.own_parts:SquareSchedule", sampling="low_discrepancy")
+        assert own == own_parts.SquareSchedule(sampling="low_discrepancy")
+        SCHEDULES.register("square_of_this_test")(own_parts.SquareSchedule)
+        assert type(self.built(name="square_of_this_test")) is own_parts.SquareSchedule
+
+    def test_bad_ones_are_refused_by_field(self):
+        with pytest.raises(ValueError, match=r"config\.schedule\.name='quartic' must be one of"):
+            self.built(name="quartic")
+        with pytest.raises(ValueError, match=r"schedule\.name='math:pi' must name a subclass"):
+            self.built(name="math:pi")
+        with pytest.raises(KeyError, match=r"config\.schedule\.minimum_tim is no field of Linear"):
+            self.built(minimum_tim=0.1)

@@ -40,13 +40,17 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("finetune")
+    return make_root(tmp_path_factory.mktemp("finetune"))
+
+
+def make_root(root, config=CONFIG):
+    """A folder with a config, rows and a small model."""
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     rows = [
         {"prompt": f"after {a} and {b}", "response": f"comes {b} {a}"} for a in words for b in words
     ]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "config.py").write_text(CONFIG.format(root=root))
+    (root / "config.py").write_text(config.format(root=root))
     tokenizer = train_tokenizer((row["prompt"] for row in rows), 290, whole_numbers=False)
     size = tokenizer.vocab_size
     denoiser = LLaDA(LLaDAConfig(size, 16, 2, 2, 1, 32, tokenizer.mask_id, max_length=32))
