@@ -158,9 +158,8 @@ def by_loops(system, probe, number, tokenizer, memory, attention="full"):
         keys = jax.random.fold_in(jax.random.key(0), number)[None]
         prompt = np.zeros((1, 128), np.int32)
         prompt[0, :start] = probe.prompt
-        phi = one_group(
-            WRITE(generator, system.theta, keys, prompt, np.arange(128)[None] < start)[0]
-        )
+        prompts = generation.Prompts(keys, prompt, np.arange(128)[None] < start)
+        phi = one_group(WRITE(generator, system.theta, prompts)[0])
     sees = np.ones((len(tokens), len(tokens)), bool)
     if attention == "block_causal":  # Blocks have one token.
         sees = np.tri(len(tokens), dtype=bool)

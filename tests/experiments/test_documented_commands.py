@@ -3,13 +3,20 @@
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
+from memdlm_jax.memory.written import write_prompt
 from memdlm_jax.models.published import PUBLISHED
+from tests.models.small import TOKENS, small, theta_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,8 +43,28 @@ def settings_of(script, arguments):
     return importlib.import_module(f"experiments.{script}").from_config_dict(holder.value)
 
 
+@pytest.fixture
+def my_module(tmp_path, monkeypatch):
+    """The parts of one's own that docs/method.md shows, as the module that it names."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "method.md").read_text(), re.S)
+    (tmp_path / "my_module.py").write_text("\n\n".join(blocks))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("my_module", None)
+
+
+def test_the_documented_parts_of_ones_own_write_memory(my_module):
+    parts = dict(loss="my_module:smoothed", optimizer="my_module:adam", masking="my_module:halves")
+    model = small("llada")
+    loop = InnerLoop(model, MemoryConfig(rank=2, layer_fraction=0.4, learning_rate=0.1, **parts))
+    valid = jnp.ones(TOKENS.shape, bool)
+    write = jax.jit(write_prompt, static_argnums=1)
+    _, record = write(jax.random.key(0), loop, theta_of(model), TOKENS, valid)
+    assert record.loss.shape == (2, 2) and (record.loss > 0).all() and not record.skipped.any()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_settings_hold_together(page, monkeypatch):
+def test_settings_hold_together(page, monkeypatch, my_module):
     monkeypatch.chdir(ROOT)
     for script, arguments in commands(page):
         if any(argument.startswith("--config") for argument in arguments):

@@ -32,6 +32,7 @@ from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import asking, likelihood
 from memdlm_jax.evaluation.asking import Answers, Asked
 from memdlm_jax.evaluation.systems import System
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.processes import DistributedConfig
 from memdlm_jax.training import loop, optimizer, run_folder, state
@@ -132,7 +133,8 @@ def norm_after(step, folder, result):
 
 def step_with_memory():
     """Metrics of one step with a memory for every row, whose A is drawn at random."""
-    setup = dataclasses.replace(SETUP, memory=dataclasses.replace(tiny.MEMORY, steps=1))
+    inner_loop = InnerLoop(tiny.DENOISER, dataclasses.replace(tiny.MEMORY, steps=1))
+    setup = dataclasses.replace(SETUP, inner_loop=inner_loop)
     steps = CompiledSteps(setup, lambda length: length)
     theta = jax.device_get(tiny.DENOISER.init(jax.random.key(0)))
     start = steps.place(state.create(theta, setup.optimizer))
