@@ -15,7 +15,7 @@ from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.objective import PAPER_LOSS, Anchor, Corruption, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule, Schedule
 from memdlm_jax.memory import fast_weights, meta_gradient
-from memdlm_jax.memory.inner_loop import InnerLoop, split_learned
+from memdlm_jax.memory.inner_loop import InnerLoop, WithInner
 from memdlm_jax.memory.meta_gradient import OuterLoss
 from memdlm_jax.parameters import Partitioned
 from memdlm_jax.training import optimizer as optimizers
@@ -237,8 +237,8 @@ def _outer_loss(
 ):  # fmt: skip
     """Draw one corruption and take the loss on it: (sum, ``Sums``)."""
     theta, learned = parameters, None
-    if setup.inner_loop is not None:
-        theta, learned = split_learned(parameters)
+    if isinstance(parameters, WithInner):
+        theta, learned = parameters.theta, parameters.inner
     if frozen is not None:
         theta = Partitioned(theta, frozen)
     denoiser, loop, axis_name = setup.denoiser, setup.inner_loop, setup.axis_name

@@ -9,8 +9,8 @@ from experiments import _memory
 from memdlm_jax import storage
 from memdlm_jax.checkpoints import hugging_face, orbax_model, peft
 from memdlm_jax.data.tokenizer import train_tokenizer
-from memdlm_jax.memory import learned
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models import lora
 from memdlm_jax.models.llada import LLaDA, LLaDAConfig
 from memdlm_jax.models.lora import LoraConfig
@@ -41,7 +41,7 @@ def assert_as_umask(folder, umask, *names):
 
 def test_files_of_a_model_folder(tmp_path, umask, theta):
     hugging_face.save(tmp_path, MODEL, theta)
-    _memory.save(tmp_path, MEMORY, learned.init(jax.random.key(0), MODEL, MEMORY))
+    _memory.save(tmp_path, MEMORY, InnerLoop(MODEL, MEMORY).init_learned(jax.random.key(0)))
     train_tokenizer(["some words"], 290, whole_numbers=False).save(tmp_path / "tokenizer.json")
     assert_as_umask(
         tmp_path, umask, "model.safetensors", "config.json", "memory.json",

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memdlm_jax.typing import EVERYTHING
+
 MASK, PAD, END, SIZE = 0, 1, 2, 60
 IN_VIEW = 3.0
 """Logit of a token that follows, somewhere in view, the same token as the position to fill."""

@@ -112,7 +112,7 @@ def written(model, **changes):
     from memdlm_jax.evaluation.systems import System, write_context
     from memdlm_jax.memory.inner_loop import InnerLoop
 
-    denoiser, theta, _ = _model.load(str(model))
+    denoiser, theta, _ = _model.load(str(model), "float32")
     loop = InnerLoop(denoiser, _memory.settings(str(model), changes))
     phi, _ = write_context(System("memdlm", denoiser, theta, loop), [7, 8, 9, 10, 11], 0, 0)
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(phi)])
@@ -132,7 +132,8 @@ def test_scripts_decode_and_score_with_them(trained, capsys):
 
     config = generate_config.get_config()
     config.model, config.prompt = str(trained / "best"), "after one and two"
-    config.decode.length, config.memory.enabled = 4, True
+    config.decode.length, config.decode.block_length = 4, 4
+    config.memory.enabled = True
     settings = generate.from_config_dict(config)
     assert settings.memory.loss == "parts_of_mine:loss"
     generate.main(settings)

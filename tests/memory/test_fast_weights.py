@@ -10,6 +10,7 @@ import pytest
 
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
+from tests.models.small import small
 
 SHAPES = {
     "attention/q_proj": (10, 16, 16),

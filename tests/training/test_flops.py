@@ -1,7 +1,5 @@
 """The FLOP count of a traced program, against hand counts."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -92,7 +90,7 @@ def test_model_flops_leave_out_what_remat_computes_again():
     setup = tiny.setup(tiny.MEMORY)
     again = setup.denoiser.with_config(remat="full", vocab_chunk=7)
     found = [
-        CompiledSteps(dataclasses.replace(setup, denoiser=d), lambda length: length)
+        CompiledSteps(setup.with_denoiser(d), lambda length: length)
         .inner_loop_share(tiny.fresh_state(), tiny.batch(rows=2, length=8))
         for d in (setup.denoiser, again)
     ]  # fmt: skip

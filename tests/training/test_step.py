@@ -13,6 +13,7 @@ from memdlm_jax.diffusion.objective import LossConfig
 from memdlm_jax.memory.inner_loop import InnerLoop, inner_loop_for, join_learned
 from memdlm_jax.training import optimizer, state, step
 from memdlm_jax.training import state as states
+from memdlm_jax.typing import Context
 from tests.training import tiny
 
 KEY = jax.random.key(7)
@@ -114,9 +115,7 @@ def test_a_loss_by_chunks_of_the_vocabulary_takes_the_same_step(memory):
     chunked = tiny.DENOISER.with_config(vocab_chunk=7)
     setup = tiny.setup(memory, corruption=tiny.corrupt)
     found = [
-        compiled(dataclasses.replace(setup, denoiser=denoiser))(
-            tiny.fresh_state(), tiny.batch(), KEY, True
-        )
+        compiled(setup.with_denoiser(denoiser))(tiny.fresh_state(), tiny.batch(), KEY, True)
         for denoiser in (tiny.DENOISER, chunked)
     ]
     (_, metrics), (_, others) = found
@@ -155,7 +154,8 @@ def test_skipped_inner_steps_are_counted():
 
 def plain_logits(theta, tokens, valid):
     model = tiny.DENOISER
-    return model.readout(theta, model.trunk(theta, tokens, valid, split=model.num_layers))
+    hidden = model.trunk(theta, tokens, Context(valid), split=model.num_layers)
+    return model.readout(theta, hidden)
 
 
 @pytest.mark.parametrize(
