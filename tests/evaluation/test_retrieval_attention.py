@@ -15,6 +15,7 @@ from memdlm_jax.evaluation.systems import System
 from memdlm_jax.inference import generation
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models.attention import Attention, attend, attention_weights
 from memdlm_jax.models.dream import Dream, DreamConfig
 from memdlm_jax.typing import Context
@@ -164,7 +165,7 @@ def by_loops(system, probe, number, tokenizer, memory, attention="full"):
     if attention == "block_causal":  # Blocks have one token.
         sees = np.tri(len(tokens), dtype=bool)
     seen = jax.jit(functools.partial(system.denoiser.inspect, heads=True, split=1))(
-        system.theta, tokens[None], jnp.asarray(sees[None]), phi=phi
+        system.theta, tokens[None], Context(jnp.asarray(sees[None])), phi=phi
     )
     found = np.zeros((2, 2, 2))
     uniform = np.zeros(2)
@@ -187,7 +188,8 @@ def shifted(systems, attentive):
     """Likewise of a model whose position i predicts token i + 1."""
     sizes = dataclasses.asdict(systems[0].denoiser.config)
     model = Dream(DreamConfig(**{k: v for k, v in sizes.items() if k in _FIELDS}))
-    return dataclasses.replace(attentive, denoiser=model, theta=random_theta(model))
+    inner_loop = InnerLoop(model, attentive.memory)
+    return System("memdlm", model, random_theta(model), inner_loop)
 
 
 @pytest.mark.parametrize(
