@@ -201,7 +201,7 @@ def parameter_dimensions(path: str, ndim: int) -> tuple[str | None, ...]:
 
 def _named_dimensions(path: str) -> tuple[str | None, ...]:
     if "inner/log_rates/" in path:
-        return (None,)
+        return (None, None)
     matrix, part = path, ""
     if found := _PART.search(path):
         matrix, part = path[: found.start()] + "/kernel", found.group(2) or ""

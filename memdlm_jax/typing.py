@@ -5,6 +5,7 @@ Shape letters, used in every annotation of the project:
 * ``b``: rows of a batch; ``l``: tokens of a row; ``c``: target slots of a row (``c <= l``)
 * ``d``: width of the residual stream; ``v``: size of the vocabulary
 * ``n``: layers of a stack; ``s``: states of a trajectory
+* ``t``: texts to write; ``m``: segments of a text; ``k``: tokens of a segment
 """
 
 from collections.abc import Collection, Mapping
@@ -33,6 +34,21 @@ Hidden = Float[Array, "b l d"]
 
 
 @flax.struct.dataclass
+class Texts:
+    """Texts to write into memory. Each text is cut into segments; the model reads each one alone.
+
+    Attributes:
+        tokens: clean token ids, every segment from position 0.
+        valid: False on padding; a segment may be all padding.
+        weight: weight of each token in the inner loss; ``None`` is 1 for all.
+    """
+
+    tokens: Int[Array, "t m k"]
+    valid: Bool[Array, "t m k"]
+    weight: Float[Array, "t m k"] | None = None
+
+
+@flax.struct.dataclass
 class Batch:
     """Rows of clean tokens with what the diffusion objective must know of them.
 
@@ -42,12 +58,16 @@ class Batch:
         valid: positions that may be attended to (everything but padding).
         padding: maskable positions that only fill up the row, if padding is supervised;
             ``None`` where it is not.
+        context: texts to write into memory before the rows are read. The rows do not contain
+            them. Text i belongs to the i-th of equal runs of rows, its questions. ``None``: the
+            memory is written from the rows themselves, as in the paper.
     """
 
     tokens: Int[Array, "b l"]
     maskable: Bool[Array, "b l"]
     valid: Bool[Array, "b l"]
     padding: Bool[Array, "b l"] | None = None
+    context: Texts | None = None
 
 
 @flax.struct.dataclass

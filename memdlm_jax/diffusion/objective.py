@@ -92,11 +92,13 @@ class Targets:
         positions: [b, c] int32 index into the row.
         labels: [b, c] int32 clean token at that position.
         present: [b, c] bool, False for slots that hold no target.
+        weight: [b, c] weight of each target's loss; ``None`` is 1 for all.
     """
 
     positions: Int[Array, "b c"]
     labels: Int[Array, "b c"]
     present: Bool[Array, "b c"]
+    weight: Float[Array, "b c"] | None = None
 
 
 @flax.struct.dataclass
@@ -247,7 +249,9 @@ def gather_targets(tokens: Tokens, mask: Mask, capacity: int | None = None) -> T
 def weighted_sum(
     losses: Float[Array, "b c"], targets: Targets, weight: Float[Array, "b"]
 ) -> Float[Array, ""]:
-    """Sum of per-target losses over the slots that hold a target, each row times its weight."""
+    """Sum of per-target losses over the slots that hold a target, times the weights of both."""
+    if targets.weight is not None:
+        losses = losses * targets.weight
     rows = jnp.sum(jnp.where(targets.present, losses, 0.0), axis=-1)
     return jnp.sum(rows * weight.astype(rows.dtype))
 

@@ -29,16 +29,28 @@ class MemoryConfig:
     Attributes:
         masking: strategy that draws the states the inner loop learns from, see
             ``memory.trajectory``: ``pmc`` (from a pre-anchor state to the anchor; the paper),
-            ``pre_only``, ``no_progressive``, ``progressive_memory``.
-        steps: K, number of states of ``pmc`` and ``progressive_memory``. With ``pmc``, 1 stops
-            before the anchor, 2 is the paper's default, more put K - 2 states in between.
+            ``pre_only``, ``no_progressive``, ``progressive_memory``; ``cover`` writes a whole text:
+            every token is a target exactly once per pass.
+        steps: K, number of states of ``pmc`` and ``progressive_memory``, or of one pass of
+            ``cover``. With ``pmc``, 1 stops before the anchor, 2 is the paper's default, more put
+            K - 2 states in between.
+        passes: of ``cover`` over the text, each with fresh masks.
+        deal: how ``cover`` shares the tokens out: at ``random``, or ``spread``, so that
+            neighbours are not masked together.
         epochs: times the trajectory is walked; phi is kept from one to the next.
+        unroll: differentiate only the last so many inner steps exactly; what the earlier ones read
+            is a constant, as in ``first_order``. 0 for all.
+        recompute: read each state before the anchor again in the backward pass, so that memory
+            does not grow with their number. Without, all are read at once and kept: about a
+            quarter less work, for small models and texts.
         pre_anchor_scale: s >= 1; the pre-anchor state masks min(M, floor(s n)) of M maskable
             positions where the anchor masks n.
         prompt_mask_ratio: in (0, 1]; anchor mask ratio when a prompt is written into memory, and
             the last ratio of ``progressive_memory``.
         prompt_chunk: longest piece, in tokens, that a prompt is written in; 0 writes it whole, so
-            that it must fit the model. Pieces are written one after the other.
+            that it must fit the model.
+        pieces: pieces of a prompt and segments of a text are written one after the other
+            (``sequence``), or together (``parallel``): each inner step adds up their gradients.
         adapt_every: blocks between further inner steps on prompt and committed text while
             decoding; 0 for none, as in the paper, which names it as future work.
         padding: supervised padding (``Batch.padding``) is learnt by the inner loop like a response
@@ -55,7 +67,8 @@ class MemoryConfig:
         weighting: of the rows in an inner loss: ``scheduler``, w(mask ratio), or ``uniform``.
         normalisation: divide a group's inner loss by its supervised tokens (``token``) or rows
             (``batch``), or each row's by its supervised tokens, times rows (``sequence``: the
-            public code has this factor; with one row in a group it equals ``token``).
+            public code has this factor; with one row in a group it equals ``token``), or by
+            nothing (``sum``: each token is written as strongly in a long text as in a short one).
         optimizer: inner optimiser, see ``memory.inner_loop``: ``sgd``, clipped as below.
         learning_rate: eta of the inner SGD.
         clip: of the inner gradient: ``local`` bounds the norm of every matrix of every layer,
@@ -79,16 +92,21 @@ class MemoryConfig:
             loss), ``trunk_stopped`` (exact through fast weights and head layers) or ``exact``; see
             ``memory.meta_gradient``.
         learned: parts of the inner loop that are trained along with theta, any of ``rates`` (a
-            learning rate per matrix and layer, starting at ``learning_rate``) and ``start``
-            (phi_0's A, or the dense matrix); beyond the paper, see ``InnerParameters``.
+            learning rate per inner step, matrix and layer, starting at ``learning_rate``) and
+            ``start`` (phi_0's A, or the dense matrix); beyond the paper, see ``InnerParameters``.
     """
 
     masking: str = "pmc"
     steps: int = 2
+    passes: int = 1
+    deal: Literal["random", "spread"] = "spread"
     epochs: int = 1
+    unroll: int = 0
+    recompute: bool = True
     pre_anchor_scale: float = 1.5
     prompt_mask_ratio: float = 0.2
     prompt_chunk: int = 0
+    pieces: Literal["sequence", "parallel"] = "sequence"
     adapt_every: int = 0
     padding: Literal["none", "inner"] = "none"
     loss: str = "ce"
@@ -96,7 +114,7 @@ class MemoryConfig:
     temperature: float = 1.0
     supervise: Literal["student_masked", "newly_revealed"] = "student_masked"
     weighting: Literal["scheduler", "uniform"] = "scheduler"
-    normalisation: Literal["token", "sequence", "batch"] = "token"
+    normalisation: Literal["token", "sequence", "batch", "sum"] = "token"
     optimizer: str = "sgd"
     learning_rate: float = 0.1
     clip: Literal["local", "global", "none"] = "local"
@@ -118,9 +136,9 @@ class MemoryConfig:
                 self._one_of(field, getattr(self, field), typing.get_args(hint))
         for field, table in _NAMED_PARTS.items():
             table(getattr(self, field), f"memory.{field}")
-        for field in ("steps", "epochs", "rank"):
+        for field in ("steps", "passes", "epochs", "rank"):
             self._require(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("prompt_chunk", "adapt_every"):
+        for field in ("prompt_chunk", "adapt_every", "unroll"):
             self._require(field, getattr(self, field) >= 0, "at least 0")
         for field in ("learning_rate", "clip_norm", "alpha", "temperature"):
             self._require(field, 0 < getattr(self, field) < math.inf, "positive and finite")
@@ -130,6 +148,12 @@ class MemoryConfig:
         self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         if self.masking in ("pre_only", "no_progressive"):
             self._require("steps", self.steps <= 2, f"1 or 2: masking={self.masking!r} has 1 state")
+        if self.masking in ("pmc", "pre_only", "no_progressive", "progressive_memory"):
+            self._require("passes", self.passes == 1, f"1 with masking={self.masking!r}")
+        self._require("unroll", not self.unroll or not self.distils, "0 with a loss that distils")
+        self._require(
+            "unroll", self.unroll <= self.inner_steps, f"at most {self.inner_steps} steps"
+        )
         self._require("target_modules", bool(self.target_modules), "non-empty")
         if self.scope == "device":
             self._require("groups", self.groups >= 1, "at least 1 with scope='device'")
@@ -138,6 +162,12 @@ class MemoryConfig:
         for part in self.learned:
             self._one_of("learned", part, ("rates", "start"))
         self._require("learned", len(set(self.learned)) == len(self.learned), "without repeats")
+
+    @property
+    def inner_steps(self) -> int:
+        """Steps of the inner loop on one text."""
+        one = self.masking in ("pre_only", "no_progressive")
+        return self.epochs * (1 if one else self.steps * self.passes)
 
     @property
     def distils(self) -> bool:

@@ -14,7 +14,9 @@ A new inner loss or inner optimiser is one function with one line in its table (
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -33,8 +35,8 @@ from memdlm_jax.memory import trajectory as trajectories
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.fast_weights import Dense, LowRank
 from memdlm_jax.memory.trajectory import Trajectory
-from memdlm_jax.registry import INNER_LOSSES, INNER_OPTIMIZERS
-from memdlm_jax.typing import Batch, Context, Denoiser, Hidden, Key, Phi, Theta
+from memdlm_jax.registry import INNER_LOSSES, INNER_OPTIMIZERS, META_GRADIENTS
+from memdlm_jax.typing import Batch, Context, Denoiser, Hidden, Key, Phi, Texts, Theta
 
 GroupLoss = Callable[[Theta, Phi, Any], jax.Array]
 """Loss of one group: (theta, phi without group axis, the group's state) -> scalar."""
@@ -79,14 +81,16 @@ class Rule(Protocol):
 class InnerParameters:
     """The learned parts of the inner loop, trained along with theta (``MemoryConfig.learned``).
 
-    Beyond the paper: a learning rate per matrix and layer as in Meta-SGD (arXiv 1707.09835), and
-    the start as in MAML (arXiv 1703.03400). With ``first_order`` the inner gradients are constants:
-    a rate then gets -<outer gradient, clipped inner gradient>, the start the outer gradient at
-    phi_K.
+    Beyond the paper: a learning rate per inner step, matrix and layer as in Meta-SGD (arXiv
+    1707.09835), and the start as in MAML (arXiv 1703.03400). With ``first_order`` the inner
+    gradients are constants: a rate then gets -<outer gradient, clipped inner gradient>, the start
+    the outer gradient at phi_K.
 
     Attributes:
-        log_rates: phi's structure with a leaf [layers] for every matrix: the logarithm of its
-            inner learning rate in each adapted layer; ``None`` keeps ``learning_rate``.
+        log_rates: phi's structure with a leaf [inner steps, layers] for every matrix: the logarithm
+            of its inner learning rate at each step in each adapted layer; ``None`` keeps
+            ``learning_rate``. What the inner optimiser returns is scaled by rate / learning_rate,
+            so that learned rates work with every optimiser.
         start: path -> [layers, in, rank], A of phi_0 (B stays zero, so that phi_0 leaves the
             model unchanged), or [layers, in, out] for dense fast weights; ``None`` draws phi_0.
     """
@@ -145,6 +149,7 @@ class HeadState:
         teacher: [b, l, d] output of the trunk on what a distillation teacher reads, or ``None``.
         dropout_key: of the inputs' dropout, or ``None``.
         entered: see ``hidden``.
+        constant: the step on this state is a constant of every derivative.
     """
 
     hidden: Hidden
@@ -154,6 +159,7 @@ class HeadState:
     teacher: Hidden | None = None
     dropout_key: Key | None = None
     entered: bool = flax.struct.field(pytree_node=False, default=False)
+    constant: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +193,10 @@ class InnerLoop:
         log_rates, start = None, None
         if "rates" in config.learned:
             rate = math.log(config.learning_rate)
-            log_rates = jax.tree.map(lambda leaf: jnp.full(leaf.shape[:1], rate, leaf.dtype), phi)
+            steps = config.inner_steps
+            log_rates = jax.tree.map(
+                lambda leaf: jnp.full((steps, leaf.shape[0]), rate, leaf.dtype), phi
+            )
         if "start" in config.learned:
             found = fast_weights.by_path(phi)
             start = {path: _starting_matrix(delta) for path, delta in found.items()}
@@ -217,7 +226,10 @@ class InnerLoop:
         parts: int = 1,
         axis_name: str | None = None,
     ) -> tuple[Phi, Trajectory]:
-        """Draw phi_0 and the trajectory to an anchor: the paper writes the rows that are scored.
+        """Draw phi_0 and what is written into it.
+
+        The paper writes the rows that are scored, on the way to their anchor. A batch with a
+        ``context`` writes that instead.
 
         Args:
             keys: PRNG keys of phi_0, of the masks and of the inputs' dropout (``None`` drops
@@ -235,6 +247,10 @@ class InnerLoop:
             ValueError: the rows cannot be divided evenly among the config's memories.
         """
         phi_key, mask_key, dropout_key = keys
+        if batch.context is not None:
+            groups = fast_weights.groups_for(self.config, len(batch.context.tokens), parts)
+            trajectory = self.draw_texts(mask_key, batch.context, groups, axis_name, dropout_key)
+            return self.start(phi_key, groups, learned), trajectory
         config, mask_token_id = self.config, self.denoiser.mask_token_id
         groups = fast_weights.groups_for(config, batch.tokens.shape[0], parts)
         rows = trajectories.rows_of_anchor(batch, anchor, config, mask_token_id, schedule)
@@ -249,12 +265,54 @@ class InnerLoop:
         )
         return self.start(phi_key, groups, learned), trajectory
 
-    def optimizer(self, learned: InnerParameters | None = None) -> optax.GradientTransformation:
-        """The inner optimiser of one group, with learned or fixed rates."""
-        rates = None
-        if learned is not None and learned.log_rates is not None:
-            rates = jax.tree.map(jnp.exp, learned.log_rates)
-        return INNER_OPTIMIZERS(self.config.optimizer)(self.config, rates)
+    def draw_texts(
+        self,
+        key: Key,
+        texts: Texts,
+        groups: int,
+        axis_name: str | None = None,
+        dropout_key: Key | None = None,
+    ) -> Trajectory:
+        """Draw the states that write texts into memory.
+
+        Args:
+            key: PRNG key.
+            texts: what to write, [t, m, k]; all tokens count alike but for ``Texts.weight``.
+            groups: memories; each gets as many consecutive texts as the others.
+            axis_name: device axis, if any.
+            dropout_key: PRNG key of the inputs' dropout; ``None`` drops nothing.
+        """
+        config = dataclasses.replace(self.config, weighting="uniform")
+        shared = axis_name if config.scope == "global" else None
+
+        def draw(key, texts: Texts, dropout_key) -> Trajectory:
+            anchor_key, mask_key = jax.random.split(key)
+            rows = trajectories.rows_of_text(
+                anchor_key, config, self.denoiser, texts.tokens, texts.valid, texts.weight
+            )
+            return trajectories.draw(
+                mask_key, config, rows, groups, axis_name=shared, dropout_key=dropout_key
+            )
+
+        if config.pieces == "parallel":
+            rows = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), texts)
+            return draw(key, rows, dropout_key)
+        segments = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), texts)
+        keys = jax.random.split(key, len(segments.tokens))
+        if dropout_key is not None:
+            dropout_key = jax.random.split(dropout_key, len(keys))
+        drawn = jax.vmap(draw)(keys, segments, dropout_key)
+        return dataclasses.replace(drawn, in_sequence=True)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The inner optimiser of one group."""
+        return INNER_OPTIMIZERS(self.config.optimizer)(self.config)
+
+    def rate_scales(self, learned: InnerParameters | None) -> Phi:
+        """Learned rates over ``learning_rate``, leaves [inner steps, layers]; ``None`` for none."""
+        if learned is None or learned.log_rates is None:
+            return None
+        return jax.tree.map(lambda x: jnp.exp(x) / self.config.learning_rate, learned.log_rates)
 
     def enters(self, rule: Rule) -> bool:
         """Whether states share the first head layer up to its first fast weight with the anchor.
@@ -338,19 +396,39 @@ class InnerLoop:
             (adapted phi, record of the inner steps).
 
         Raises:
-            ValueError: a teacher reads the anchor, and none is given.
+            ValueError: a teacher reads the anchor, and none is given; or the rates were learned for
+                another number of steps.
         """
-        groups = fast_weights.number_of_groups(phi)
+        if trajectory.in_sequence:
+            parts = dataclasses.replace(trajectory, in_sequence=False)
+
+            def write(phi, part):
+                return self.adapt(theta, learned, phi, part, rule, measure=measure)
+
+            phi, record = jax.lax.scan(write, phi, parts)
+            return phi, jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), record)
+        groups, scales = fast_weights.number_of_groups(phi), self.rate_scales(learned)
+        count = len(trajectory.states) * trajectory.epochs
+        if scales is not None and count != self.config.inner_steps:
+            raise ValueError(
+                f"memory.masking={self.config.masking!r} drew {count} states, but rates are "
+                f"learned for {self.config.inner_steps} (memory.steps, passes and epochs)"
+            )
+        exact = rule.gradient(self.group_loss)
+        constant = META_GRADIENTS("first_order")(rule.axis_name).gradient(self.group_loss)
+
+        def gradient(theta, phi, state: HeadState):
+            return (constant if state.constant else exact)(theta, phi, state)
+
         reader = _Reader(self, rule.inner_theta(theta), trajectory, groups, rule)
-        count, leading = reader.leading()
         return fold(
-            rule.gradient(self.group_loss),
+            gradient,
             reader.theta,
             phi,
-            reader.states(anchor, count),
-            self.optimizer(learned),
+            reader.steps(anchor),
+            self.optimizer(),
             _measured(self.group_loss, measure, rule.axis_name),
-            leading,
+            scales,
         )
 
 
@@ -377,33 +455,61 @@ class _Reader:
     groups: int
     rule: Rule
 
-    def leading(self) -> tuple[int, tuple[Any, Callable[[Any], HeadState]] | None]:
-        """States that are walked under a scan, so that one trunk is in memory at a time.
+    def steps(self, anchor: Hidden | None) -> Sequence["HeadState | Scanned"]:
+        """What ``fold`` walks: the states in order, leaves [groups, ...].
 
-        They are those before the anchor, where there are two or more; not with teachers, who read
-        later states, nor with several epochs, which read all states again.
-
-        Returns:
-            Their number; and, if there are any, the states stacked, and the function that turns one
-            of them into a ``HeadState``, for ``fold``. A derivative runs its trunk again instead of
-            keeping its activations, so memory does not grow with the number of steps.
+        States before the anchor are read together: under a scan, one trunk at a time, which a
+        derivative runs again instead of keeping its activations (``recompute``); or in one call.
+        With teachers, who read later states, or several epochs, which read all states again, each
+        state is read once and kept.
         """
+        trajectory, config = self.trajectory, self.loop.config
+        total = len(trajectory.states) * trajectory.epochs
+        constant = total - config.unroll if config.unroll else 0
+        together = len(trajectory.states) - trajectory.ends_at_anchor
+        if together < 2 or trajectory.epochs > 1 or config.distils:
+            together = 0
+        read = self._scanned if config.recompute else self._at_once
+        cut = min(constant, together)
+        steps: list[HeadState | Scanned] = []
+        for first, last in ((0, cut), (cut, together)):
+            if first < last:
+                steps += read(first, last, last <= constant)
+        return [*steps, *self._one_by_one(anchor, together, constant)]
+
+    def _scanned(self, first: int, last: int, constant: bool) -> Sequence["HeadState | Scanned"]:
+        """States ``first .. last - 1`` under one scan."""
         trajectory = self.trajectory
-        count = len(trajectory.states) - trajectory.ends_at_anchor
-        if count < 2 or trajectory.epochs > 1 or self.loop.config.distils:
-            return 0, None
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectory.states[:count])
-        keys = None if trajectory.dropout is None else trajectory.dropout[:count]
-        read = jax.checkpoint(self._read, prevent_cse=False)
+        stacked = _stacked(trajectory.states[first:last])
+        keys = None if trajectory.dropout is None else trajectory.dropout[first:last]
+        read = jax.checkpoint(functools.partial(self._read, constant=constant), prevent_cse=False)
 
         def head_state(entry) -> HeadState:
             state, key = entry
-            return self._head_state(state, read(state), key=key)
+            return self._head_state(state, read(state), key=key, constant=constant)
 
-        return count, ((stacked, keys), head_state)
+        return [Scanned((stacked, keys), head_state)]
 
-    def states(self, anchor: Hidden | None, start: int) -> list[HeadState]:
-        """One ``HeadState`` per inner step, leaves [groups, ...], from state ``start`` on."""
+    def _at_once(self, first: int, last: int, constant: bool) -> Sequence["HeadState | Scanned"]:
+        """States ``first .. last - 1`` as rows of one batch."""
+        states, count = self.trajectory.states[first:last], last - first
+        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), _stacked(states))
+        context = jax.tree.map(
+            lambda leaf: jnp.tile(leaf, (count, *(1,) * (leaf.ndim - 1))), self.trajectory.context
+        )
+        hidden = jnp.split(self._read(rows, constant, context), count)
+        keys = self.trajectory.dropout
+        return [
+            self._head_state(
+                state, hidden[k], key=None if keys is None else keys[first + k], constant=constant
+            )
+            for k, state in enumerate(states)
+        ]
+
+    def _one_by_one(
+        self, anchor: Hidden | None, start: int, constant: int
+    ) -> Sequence["HeadState | Scanned"]:
+        """The steps from number ``start`` on; those before number ``constant`` are constants."""
         trajectory = self.trajectory
         shares = trajectory.ends_at_anchor and anchor is not None
         states = trajectory.states[start:]
@@ -413,24 +519,29 @@ class _Reader:
         if self.loop.config.distils:
             teachers = self._teachers(hidden, anchor)
         keys, steps = trajectory.dropout, []
-        for step in range(len(states) * trajectory.epochs):
-            k = step % len(states)
-            key = None if keys is None else keys[start + step]
-            steps.append(self._head_state(states[k], hidden[k], teachers[k], key))
+        for step in range(start, len(trajectory.states) * trajectory.epochs):
+            k = (step - start) % len(states)
+            key = None if keys is None else keys[step]
+            steps.append(self._head_state(states[k], hidden[k], teachers[k], key, step < constant))
         return steps
 
-    def _read(self, state: NoisyState) -> Hidden:
-        context, entered = self.trajectory.context, self.loop.enters(self.rule)
-        return self.loop.read(self.theta, state, context, entered)
+    def _read(self, state: NoisyState, constant: bool = False, context=None) -> Hidden:
+        context, entered = context or self.trajectory.context, self.loop.enters(self.rule)
+        theta = jax.lax.stop_gradient(self.theta) if constant else self.theta
+        return self.loop.read(theta, state, context, entered)
 
-    def _head_state(self, state: NoisyState, hidden, teacher=None, key=None) -> HeadState:
+    def _head_state(
+        self, state: NoisyState, hidden, teacher=None, key=None, constant=False
+    ) -> HeadState:
+        hidden = self.rule.inner_hidden(hidden)
         read = HeadState(
-            self.rule.inner_hidden(hidden),
+            jax.lax.stop_gradient(hidden) if constant else hidden,
             self.trajectory.context,
             state.targets,
             state.weight,
             teacher,
             entered=self.loop.enters(self.rule),
+            constant=constant,
         )
         return fast_weights.group_rows(read, self.groups).replace(dropout_key=key)
 
@@ -449,6 +560,19 @@ class _Reader:
         return [stop([*hidden, after][i]) for i in order]
 
 
+@dataclasses.dataclass(frozen=True)
+class Scanned:
+    """States that ``fold`` walks under a scan: each is made when its step is taken.
+
+    Attributes:
+        entries: stacked along a first axis.
+        make: entry -> state.
+    """
+
+    entries: Any
+    make: Callable[[Any], Any]
+
+
 def fold(
     gradient: InnerGradient,
     theta: Theta,
@@ -456,19 +580,19 @@ def fold(
     states: Sequence[Any],
     optimizer: optax.GradientTransformation,
     measure: Measure | None = None,
-    leading: tuple[Any, Callable[[Any], Any]] | None = None,
+    scales: Phi = None,
 ) -> tuple[Phi, InnerStep]:
     """Take one optimiser step on phi per state, in order.
 
     Args:
         gradient: of the inner loss in phi, see ``memory.meta_gradient``.
         theta: base parameters, read only.
-        phi: fast weights, leaves [g, ...].
-        states: one per inner step, leaves [g, ...].
+        phi: fast weights, leaves [g, layers, ...].
+        states: one per inner step, leaves [g, ...]; or ``Scanned`` for several.
         optimizer: applied to every group on its own, its state starting afresh.
         measure: the loss to record after every step; ``None`` records NaN.
-        leading: (entries stacked along a first axis, entry -> state) of steps before those of
-            ``states``, walked under a scan: each state is made when its step is taken.
+        scales: factors on what the optimiser returns, like phi with leaves [steps, layers];
+            ``None`` is 1.
 
     Returns:
         The adapted phi, and the record of the steps. A step whose loss or gradient is not finite
@@ -477,13 +601,15 @@ def fold(
         itself, or the trunk that a state was computed with, is not finite.
     """
 
-    def step(before, state):
+    def step(before, state, scale):
         phi, optimizer_state = before
         loss, grads = gradient(theta, phi, state)
         norm = jax.lax.stop_gradient(fast_weights.group_norms(grads))
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
         grads = harmless(fine, grads)
         updates, new_state = jax.vmap(optimizer.update)(grads, optimizer_state, phi)
+        if scale is not None:
+            updates = jax.tree.map(_scaled_layers, updates, scale)
         phi = choose_groups(fine, optax.apply_updates(phi, updates), phi)
         phi = partitioning.constrain_tree(phi, "rows")
         loss = jax.lax.stop_gradient(loss)
@@ -491,15 +617,32 @@ def fold(
         kept = phi, choose_groups(fine, new_state, optimizer_state)
         return kept, InnerStep(loss, after, norm, ~fine)
 
-    reached, records = (phi, jax.vmap(optimizer.init)(phi)), []
-    if leading is not None:
-        entries, make = leading
-        reached, record = jax.lax.scan(lambda at, x: step(at, make(x)), reached, entries)
+    reached, records, taken = (phi, jax.vmap(optimizer.init)(phi)), [], 0
+    for part in states:
+        if isinstance(part, Scanned):
+            make, count = part.make, jax.tree.leaves(part.entries)[0].shape[0]
+            own = jax.tree.map(operator.itemgetter(slice(taken, taken + count)), scales)
+
+            def scanned(before, inputs, make=make):
+                entry, scale = inputs
+                return step(before, make(entry), scale)
+
+            reached, record = jax.lax.scan(scanned, reached, (part.entries, own))
+        else:
+            count, own = 1, jax.tree.map(operator.itemgetter(taken), scales)
+            reached, record = step(reached, part, own)
+            record = jax.tree.map(lambda x: x[None], record)
         records.append(record)
-    for state in states:
-        reached, record = step(reached, state)
-        records.append(jax.tree.map(lambda x: x[None], record))
+        taken += count
     return reached[0], jax.tree.map(lambda *steps: jnp.concatenate(steps), *records)
+
+
+def _scaled_layers(update: Float[Array, "g n ..."], scale: Float[Array, "n"]) -> jax.Array:
+    return update * scale.reshape(-1, *(1,) * (update.ndim - 2)).astype(update.dtype)
+
+
+def _stacked(states: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 def choose_groups(fine: Bool[Array, "g"], new, old):
@@ -620,25 +763,19 @@ def _unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
 
 
-# Inner optimisers: (config, rates) -> optax.GradientTransformation of one group. ``rates`` holds
-# the learned rates in phi's structure, leaves [layers], or ``None``.
+# Inner optimisers: config -> optax.GradientTransformation of one group. Learned rates scale what it
+# returns, see ``InnerParameters``.
 
 
 @INNER_OPTIMIZERS.register("sgd")
-def clipped_sgd(config: MemoryConfig, rates: Phi = None) -> optax.GradientTransformation:
-    """SGD after clipping (paper, section 4.3), with learned rates or ``learning_rate``."""
+def clipped_sgd(config: MemoryConfig) -> optax.GradientTransformation:
+    """SGD after clipping (paper, section 4.3)."""
     clip = {
         "local": clip_local(config.clip_norm),
         "global": clip_global(config.clip_norm),
         "none": optax.identity(),
     }[config.clip]
-    if rates is None:
-        return optax.chain(clip, optax.sgd(config.learning_rate))
-
-    def step(g, rate):
-        return -rate.reshape(-1, *(1,) * (g.ndim - 1)) * g
-
-    return optax.chain(clip, optax.stateless(lambda g, _: jax.tree.map(step, g, rates)))
+    return optax.chain(clip, optax.sgd(config.learning_rate))
 
 
 def clip_local(norm: float) -> optax.GradientTransformation:

@@ -21,7 +21,7 @@ from memdlm_jax.diffusion.objective import Anchor, NoisyState
 from memdlm_jax.diffusion.schedule import LinearSchedule, Schedule
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.registry import MASKING_STRATEGIES
-from memdlm_jax.typing import Batch, Context, Key, Mask, Tokens
+from memdlm_jax.typing import Batch, Context, Denoiser, Key, Mask, Tokens
 
 PROGRESSIVE_START = 0.8
 """First mask ratio of ``progressive_memory``, as in the public code."""
@@ -43,6 +43,7 @@ class Trajectory:
         teachers: which state the teacher of each state reads, ``len(states)`` meaning ``after``;
             ``None`` is the next one.
         epochs: times the states are walked.
+        in_sequence: the arrays have a leading axis of segments, written one after the other.
     """
 
     states: tuple[NoisyState, ...]
@@ -52,6 +53,7 @@ class Trajectory:
     dropout: Key | None = None
     teachers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
     epochs: int = flax.struct.field(pytree_node=False, default=1)
+    in_sequence: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -66,6 +68,7 @@ class Rows:
         context: of the rows.
         mask_token_id: id of the mask token.
         schedule: weighs states by their mask ratio.
+        token_weight: [b, l] weight of each token's loss; ``None`` is 1 for all.
         is_outer_anchor: the outer loss has this anchor, too.
     """
 
@@ -76,6 +79,7 @@ class Rows:
     context: Context
     mask_token_id: int = flax.struct.field(pytree_node=False)
     schedule: Schedule = flax.struct.field(pytree_node=False, default=LinearSchedule())
+    token_weight: Float[Array, "b l"] | None = None
     is_outer_anchor: bool = flax.struct.field(pytree_node=False, default=False)
 
     def masked(self, mask: Mask) -> Tokens:
@@ -96,12 +100,14 @@ class Masks:
         weights: [b] loss weight of each state's rows.
         at_anchor: the last mask is the anchor's.
         follows: mask of the state that comes after the last; ``None`` is the clean rows.
+        most: no row of any mask has more masked positions; ``None`` if nothing is known.
     """
 
     masks: list[Mask]
     weights: list[Float[Array, "b"]]
     at_anchor: bool = False
     follows: Mask | None = None
+    most: int | None = None
 
 
 def rows_of_anchor(
@@ -123,6 +129,40 @@ def rows_of_anchor(
     )
 
 
+def rows_of_text(
+    key: Key,
+    config: MemoryConfig,
+    denoiser: Denoiser,
+    tokens: Tokens,
+    valid: Mask,
+    token_weight: Float[Array, "b l"] | None = None,
+) -> Rows:
+    """The rows to write when a text or a prompt is written into memory.
+
+    Every valid token is maskable and its own target, and all rows weigh the same (as in the public
+    code's inference). The anchor masks each token with probability ``prompt_mask_ratio``. Models
+    that predict a token from the position before it (Dream) never mask the first token of a row:
+    nothing precedes it.
+
+    Args:
+        key: PRNG key of the anchor.
+        config: memory settings.
+        denoiser: the backbone.
+        tokens: [b, l] int32, padded on either side.
+        valid: [b, l] bool, False on padding.
+        token_weight: [b, l] weight of each token's loss; ``None`` is 1 for all.
+    """
+    maskable = valid
+    if lookback := getattr(denoiser, "lookback", 0):
+        maskable = maskable & (jnp.cumsum(maskable, axis=-1) > lookback)
+    ones = jnp.ones((tokens.shape[0],))
+    anchor = masking.bernoulli_mask(key, maskable, ones * config.prompt_mask_ratio)
+    mask_token_id = denoiser.mask_token_id
+    return Rows(
+        tokens, maskable, anchor, ones, Context(valid), mask_token_id, token_weight=token_weight
+    )
+
+
 def draw(
     key: Key,
     config: MemoryConfig,
@@ -140,12 +180,14 @@ def draw(
         config: strategy, steps, supervised positions, weights, normalisation.
         rows: what is written.
         groups: memories; each has as many consecutive rows as the others.
-        capacity: target slots of a row, see ``objective.gather_targets``.
+        capacity: target slots of a row, see ``objective.gather_targets``; ``None`` for as many as
+            the strategy may need.
         axis_name: device axis over which one memory is shared, if any.
         dropout_key: PRNG key of the inputs' dropout; ``None`` drops nothing.
     """
     drawn = MASKING_STRATEGIES(config.masking)(key, config, rows)
     following = [*drawn.masks[1:], drawn.follows]
+    capacity = drawn.most if capacity is None else capacity
     states = []
     for mask, next_mask, weight in zip(drawn.masks, following, drawn.weights, strict=True):
         supervised = mask
@@ -155,6 +197,9 @@ def draw(
             weight = jnp.ones_like(weight)
         weight = normalised(weight, supervised.sum(-1), groups, config.normalisation, axis_name)
         targets = objective.gather_targets(rows.tokens, supervised, capacity)
+        if rows.token_weight is not None:
+            own = jnp.take_along_axis(rows.token_weight, targets.positions, axis=1)
+            targets = dataclasses.replace(targets, weight=own)
         states.append(NoisyState(rows.masked(mask), targets, weight))
     after = None
     if config.distils:
@@ -221,6 +266,27 @@ def independent(key: Key, config: MemoryConfig, rows: Rows) -> Masks:
     return Masks(masks, [rows.weight_at(jnp.full((count,), ratio)) for ratio in ratios])
 
 
+@MASKING_STRATEGIES.register("cover")
+def cover(key: Key, config: MemoryConfig, rows: Rows) -> Masks:
+    """K disjoint masks per pass, so that every maskable token is a target exactly once per pass.
+
+    The mask ratio is 1 / K, and every mask has the same size to within one token. ``config.deal``
+    says how the tokens of a row are shared out. ``random``: anew in each pass. ``spread``: every
+    K-th token, from a random first one, so that tokens closer than K are never masked together: a
+    value is written while its key is visible.
+    """
+    masks: list[Mask] = []
+    for pass_key in jax.random.split(key, config.passes):
+        if config.deal == "random":
+            ranks = masking.random_ranks(pass_key, rows.maskable)
+        else:
+            first = jax.random.randint(pass_key, (len(rows.maskable), 1), 0, config.steps)
+            ranks = jnp.cumsum(rows.maskable, axis=-1) + first
+        masks += [rows.maskable & (ranks % config.steps == k) for k in range(config.steps)]
+    most = -(-rows.maskable.shape[-1] // config.steps)
+    return Masks(masks, _actual_weights(rows, masks), most=most)
+
+
 def anchor_consistent_masks(
     key: Key, maskable: Mask, anchor: Mask, steps: int, scale: float
 ) -> list[Mask]:
@@ -270,7 +336,8 @@ def normalised(
         counts: [b] supervised tokens of each row.
         groups: memories.
         normalisation: divide by the group's supervised tokens (``token``) or its rows (``batch``);
-            ``sequence`` divides by the row's supervised tokens and multiplies by the rows.
+            ``sequence`` divides by the row's supervised tokens and multiplies by the rows; ``sum``
+            divides by nothing.
         axis_name: device axis over which one memory is shared, if any.
     """
     per_group = weight.shape[0] // groups
@@ -280,6 +347,8 @@ def normalised(
         total, rows = jax.lax.psum((total, rows), axis_name)
     # As wide as enabled: float64 parity would be lost in a float32 quotient.
     weight = weight.astype(jnp.result_type(float))
+    if normalisation == "sum":
+        return weight
     if normalisation == "token":
         return weight / jnp.repeat(jnp.maximum(total, 1), per_group)
     if normalisation == "batch":

@@ -1,4 +1,8 @@
-"""Write a prompt into memory before decoding (paper, section 4.5: Train & Inference)."""
+"""Write prompts and texts into memory, to be read afterwards.
+
+``write_prompts`` is the paper's use (section 4.5, Train & Inference): each row's prompt before it
+is decoded. ``write_texts`` writes texts that the questions do not contain.
+"""
 
 import dataclasses
 
@@ -6,12 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from memdlm_jax import partitioning
-from memdlm_jax.diffusion import masking
 from memdlm_jax.memory import meta_gradient
 from memdlm_jax.memory import trajectory as trajectories
 from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters, InnerStep
-from memdlm_jax.memory.trajectory import Rows
-from memdlm_jax.typing import Context, Key, Mask, Phi, Theta, Tokens
+from memdlm_jax.typing import Key, Mask, Phi, Texts, Theta, Tokens
 
 
 def write_prompt(
@@ -25,10 +27,7 @@ def write_prompt(
 ) -> tuple[Phi, InnerStep]:
     """Adapt fast weights to each row's own prompt, every row on its own.
 
-    Every valid prompt token is maskable and its own target; the anchor masks each with probability
-    ``prompt_mask_ratio``, the states before it as in training, and all rows weigh the same (as in
-    the public code's inference). Nothing is dropped. Models that predict a token from the position
-    before it (Dream) never mask the first token of a prompt: nothing precedes it.
+    What is masked and how it is weighed: ``trajectory.rows_of_text``. Nothing is dropped.
 
     Args:
         key: PRNG key.
@@ -44,15 +43,38 @@ def write_prompt(
     """
     phi_key, anchor_key, mask_key = jax.random.split(key, 3)
     config = dataclasses.replace(inner_loop.config, weighting="uniform")
-    count, denoiser = tokens.shape[0], inner_loop.denoiser
-    maskable = valid
-    if lookback := getattr(denoiser, "lookback", 0):
-        maskable = maskable & (jnp.cumsum(maskable, axis=-1) > lookback)
-    ratio = jnp.full((count,), config.prompt_mask_ratio)
-    anchor = masking.bernoulli_mask(anchor_key, maskable, ratio)
-    context, mask_token_id = Context(valid), denoiser.mask_token_id
-    rows = Rows(tokens, maskable, anchor, jnp.ones((count,)), context, mask_token_id)
+    count = tokens.shape[0]
+    rows = trajectories.rows_of_text(anchor_key, config, inner_loop.denoiser, tokens, valid)
     trajectory = trajectories.draw(mask_key, config, rows, count)
+    if phi is None:
+        phi = inner_loop.start(phi_key, count, learned)
+    return inner_loop.adapt(theta, learned, phi, trajectory, meta_gradient.FirstOrder())
+
+
+def write_texts(
+    key: Key,
+    inner_loop: InnerLoop,
+    theta: Theta,
+    texts: Texts,
+    learned: InnerParameters | None = None,
+    phi: Phi = None,
+) -> tuple[Phi, InnerStep]:
+    """Write each text into a memory of its own, as in training with ``Batch.context``.
+
+    Args:
+        key: PRNG key.
+        inner_loop: how to write; the scope is always ``example`` here.
+        theta: base parameters.
+        texts: what to write, [t, m, k].
+        learned: learned parts of the inner loop.
+        phi: fast weights that were written before, one group per text; ``None`` starts afresh.
+
+    Returns:
+        (phi with one group per text, record of the inner steps). No gradient flows to theta.
+    """
+    phi_key, mask_key = jax.random.split(key)
+    count = len(texts.tokens)
+    trajectory = inner_loop.draw_texts(mask_key, texts, count)
     if phi is None:
         phi = inner_loop.start(phi_key, count, learned)
     return inner_loop.adapt(theta, learned, phi, trajectory, meta_gradient.FirstOrder())
@@ -70,7 +92,8 @@ def write_prompts(
     """Write each row's prompt into its own fast weights, with its own key.
 
     With ``prompt_chunk`` a prompt is cut into the fewest pieces of at most that many tokens, all
-    of about the same size. They are written one after the other, each read alone, from position 0.
+    of about the same size, each read alone, from position 0. ``pieces`` says whether they are
+    written one after the other or together.
 
     Args:
         keys: [b] one PRNG key per row.
@@ -97,7 +120,7 @@ def write_prompts(
 
 
 def _write_pieces(key, inner_loop, theta, tokens, valid, learned, phi):
-    """``write_prompt`` of one row's pieces, in order."""
+    """``write_prompt`` of one row's pieces, in order or together."""
     width = min(inner_loop.config.prompt_chunk, tokens.shape[1])
     count = jnp.sum(valid)
     size = -(-count // jnp.maximum(-(-count // width), 1))
@@ -105,11 +128,20 @@ def _write_pieces(key, inner_loop, theta, tokens, valid, learned, phi):
     if phi is None:
         phi = inner_loop.start(phi_key, 1, learned)
 
-    def write(phi, number):
+    def cut(number):
         own = jnp.arange(width)
         at = number * size + own
         present = (own < size) & (at < count)
-        piece = jnp.where(present, tokens[0, jnp.minimum(at, tokens.shape[1] - 1)], 0)
+        return jnp.where(present, tokens[0, jnp.minimum(at, tokens.shape[1] - 1)], 0), present
+
+    numbers = jnp.arange(-(-tokens.shape[1] // width))
+    if inner_loop.config.pieces == "parallel":
+        pieces = jax.vmap(cut)(numbers)
+        texts = Texts(*(part[None] for part in pieces))
+        return write_texts(key, inner_loop, theta, texts, learned, phi)
+
+    def write(phi, number):
+        piece, present = cut(number)
         piece_key = jax.random.fold_in(key, number)
         rows = piece[None], present[None]
         new, record = write_prompt(piece_key, inner_loop, theta, *rows, learned, phi)
@@ -123,4 +155,4 @@ def _write_pieces(key, inner_loop, theta, tokens, valid, learned, phi):
         )
         return new, record
 
-    return jax.lax.scan(write, phi, jnp.arange(-(-tokens.shape[1] // width)))
+    return jax.lax.scan(write, phi, numbers)

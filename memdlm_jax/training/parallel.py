@@ -6,6 +6,7 @@ several processes.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
@@ -48,12 +49,13 @@ class Placed:
 
     @property
     def shapes(self) -> Batch:
-        """Shapes and dtypes of the whole batch, [b, l]."""
-        length = self.host.tokens.shape[1]
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((leaf.size // length, length), leaf.dtype),
-            self.device,
-        )
+        """Shapes and dtypes of the whole batch, [b, l]; of a context [t, m, k]."""
+
+        def whole(host, device):
+            rest = host.shape[1:]
+            return jax.ShapeDtypeStruct((device.size // math.prod(rest), *rest), device.dtype)
+
+        return jax.tree.map(whole, self.host, self.device)
 
 
 def _abstract(tree: Any, sharding: Sharding) -> Any:
@@ -113,10 +115,11 @@ class _Mapped:
     def put(self, batch: Batch, accumulation: int) -> Batch:
         """[b, l] -> [devices, b / devices, l]."""
         del accumulation
-        count, rows = len(self._devices), batch.tokens.shape[0]
-        if rows % count:
-            raise ValueError(f"a batch of {rows} rows cannot be split over {count} devices")
-        parts = jax.tree.map(lambda x: np.reshape(x, (count, rows // count, *x.shape[1:])), batch)
+        count = len(self._devices)
+        for rows in {leaf.shape[0] for leaf in jax.tree.leaves(batch)}:
+            if rows % count:
+                raise ValueError(f"a batch of {rows} rows cannot be split over {count} devices")
+        parts = jax.tree.map(lambda x: np.reshape(x, (count, -1, *x.shape[1:])), batch)
         return jax.device_put(parts, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
     def wrap(self, function: Callable, donate: tuple[int, ...], extra: int, tree: Any) -> Any:
@@ -213,7 +216,7 @@ class CompiledSteps:
         else:
             self._way = _OneDevice(devices) if len(devices) == 1 else _Mapped(devices)
         self._compiled: dict[tuple, Callable] = {}
-        self._flops: dict[tuple[int, ...], tuple[int, float]] = {}
+        self._flops: dict[tuple, tuple[int, float]] = {}
         self.compile_seconds = 0.0
         self._frozen = self.place(frozen)
 
@@ -285,19 +288,19 @@ class CompiledSteps:
         1 - plain / with memory, where plain is the same step without an inner loop. Traced once
         per batch shape; ``batch`` may hold ``jax.ShapeDtypeStruct``.
         """
-        shape = batch.tokens.shape
-        if shape not in self._flops:
+        name = _shapes(batch)
+        if name not in self._flops:
             start = time.monotonic()
-            setup = dataclasses.replace(self._setup_for(shape[1]), axis_name=None)
+            setup = dataclasses.replace(self._setup_for(batch.tokens.shape[1]), axis_name=None)
             if isinstance(setup.denoiser, Configurable):
                 denoiser = setup.denoiser.with_config(remat="none", vocab_chunk=0)
                 setup = setup.with_denoiser(denoiser)
             without = dataclasses.replace(setup, inner_loop=None)
             plain = _count(without, state, self._frozen, batch)
             full = plain if setup.inner_loop is None else _count(setup, state, self._frozen, batch)
-            self._flops[shape] = full, 1 - plain / full if full else 0.0
+            self._flops[name] = full, 1 - plain / full if full else 0.0
             self.compile_seconds += time.monotonic() - start
-        return self._flops[shape]
+        return self._flops[name]
 
     def _setup_for(self, length: int) -> StepSetup:
         capacity = self._capacity_of(length)
@@ -315,7 +318,7 @@ class CompiledSteps:
 
     def _run(self, function: Callable, donate: tuple[int, ...], tree, given, *rest):
         batch = (given if isinstance(given, Placed) else self.put(given)).device
-        name = (function, batch.tokens.shape)
+        name = (function, _shapes(batch))
         if name not in self._compiled:
             start = time.monotonic()
             setup = self._setup_for(batch.tokens.shape[-1])
@@ -327,6 +330,11 @@ class CompiledSteps:
             self._compiled[name] = wrapped.lower(tree, self._frozen, batch, *rest).compile()
             self.compile_seconds += time.monotonic() - start
         return self._compiled[name](tree, self._frozen, batch, *rest)
+
+
+def _shapes(batch: Batch) -> tuple:
+    """What tells programs for batches apart."""
+    return (jax.tree.structure(batch), *(leaf.shape for leaf in jax.tree.leaves(batch)))
 
 
 def _count(setup: StepSetup, state: TrainState, frozen: Theta, batch: Batch) -> int:

@@ -184,10 +184,13 @@ class Layout:
         return np.unique([row for (part,) in filter(None, found) for row in range(count)[part]])
 
     def put_batch(self, batch: Batch) -> Batch:
-        """Start to move a whole batch of host arrays [b, l] to the devices."""
-        if not self.mesh.is_multi_process:
-            return jax.device_put(batch, self.rows)
-        return jax.tree.map(lambda leaf: _put_share(leaf, self.rows), batch)
+        """Start to move a whole batch of host arrays [b, l] to the devices.
+
+        Of a context [t, m, k] each device gets whole texts.
+        """
+        texts = NamedSharding(self.mesh, PartitionSpec(partitioning.ROW_AXES))
+        put = _put_share if self.mesh.is_multi_process else jax.device_put
+        return jax.tree.map(lambda x: put(x, self.rows if x.ndim == 2 else texts), batch)
 
     def put_rows(self, part: Batch) -> Batch:
         """``put_batch`` of a batch of which this process has only its ``rows_here``."""

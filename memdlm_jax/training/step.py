@@ -188,11 +188,11 @@ def _over_micro_batches(setup: StepSetup, one: Callable[[Batch, Key], Any], batc
     parts = setup.optimizer.accumulation
     if parts == 1:
         return one(batch, key)
-    rows = batch.tokens.shape[0]
-    if rows % parts:
-        raise ValueError(
-            f"optimizer.accumulation={parts} must divide the {rows} rows of a device's batch"
-        )
+    for rows in {leaf.shape[0] for leaf in jax.tree.leaves(batch)}:
+        if rows % parts:
+            raise ValueError(
+                f"optimizer.accumulation={parts} must divide the {rows} rows of a device's batch"
+            )
     micro = fast_weights.group_rows(batch, parts)
     # On a mesh every micro-batch is divided, not the micro-batches among the devices.
     micro = partitioning.constrain_tree(micro, None, "rows", "length")

@@ -43,7 +43,7 @@ def loss(denoiser, config, theta, student, teacher, targets):
     return 0.9 * objective.label_losses(denoiser, theta, student, targets) - 0.1 * log_p.mean(-1)
 
 
-def adam(config, rates):
+def adam(config):
     return optax.adam(config.learning_rate, eps_root=1e-8)
 '''
 

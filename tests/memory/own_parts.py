@@ -19,12 +19,12 @@ def smoothed_cross_entropy(denoiser, config, theta, student, teacher, targets):
     return 0.9 * losses - 0.1 * log_p.mean(-1)
 
 
-def rooted_adam(config, rates):
+def rooted_adam(config):
     """An inner optimiser that has a derivative at a zero gradient."""
     return optax.adam(0.05, eps_root=1e-8)
 
 
-def adam(config, rates):
+def adam(config):
     return optax.adam(config.learning_rate)
 
 

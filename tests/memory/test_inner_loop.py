@@ -127,18 +127,30 @@ class TestClipping:
         zero = jnp.zeros((2, 3, 3))
         np.testing.assert_array_equal(jax.grad(squared)(zero), jnp.full_like(zero, 2.0))
 
-    def test_learned_rates_are_per_matrix_and_layer(self):
-        config = MemoryConfig(clip="none", learning_rate=0.5)
-        rates = {"a": jnp.array([0.1, 0.2]), "b": jnp.array([3.0, 0.0])}
-        optimizer = clipped_sgd(config, rates)
-        grads = {"a": jnp.ones((2, 4, 3)), "b": jnp.ones((2, 3, 4))}
-        updates, _ = optimizer.update(grads, optimizer.init(grads))
-        for name, rate in rates.items():
-            expected = -rate[:, None, None] * grads[name]
-            np.testing.assert_array_equal(updates[name], expected)
-
 
 class TestFold:
+    def test_scales_are_per_step_matrix_and_layer(self):
+        scales = {"a": normal(20, 3, STACK), "b": normal(21, 3, STACK)}
+        optimizer = clipped_sgd(MemoryConfig(clip_norm=BOUND, learning_rate=0.1))
+        scaled = jax.jit(
+            lambda scales: fold(
+                reverse_gradient(toy_loss), THETA, PHI, STATES, optimizer, scales=scales
+            )
+        )
+        gradient = jax.jit(jax.grad(toy_loss, 1))
+        expected = {name: leaf.copy() for name, leaf in PHI.items()}
+        for k, state in enumerate(STATES):
+            for group in range(GROUPS):
+                own = jax.tree.map(lambda x, g=group: x[g], (expected, state))
+                grads = gradient(THETA, *own)
+                for name in PHI:
+                    step = 0.1 * clip_matrices(grads[name], BOUND)
+                    step *= scales[name][k][:, None, None]
+                    expected[name][group] -= step
+        found, _ = scaled(scales)
+        for name in PHI:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-10)
+
     def test_equals_sgd_in_a_python_loop(self, sgd):
         phi, record = sgd(THETA, PHI, STATES)
         gradient = jax.jit(jax.value_and_grad(toy_loss, 1))

@@ -40,7 +40,7 @@ def test_own_loss_and_optimiser_replace_the_configs(theta):
     (loss, sums), gradient = run(config, theta, given)
 
     def oracle(theta):
-        memory, optimizer = given.phi, own_parts.rooted_adam(None, None)
+        memory, optimizer = given.phi, own_parts.rooted_adam(None)
         state, context = optimizer.init(memory), given.trajectory.context
         for one in given.trajectory.states:
 
