@@ -40,9 +40,6 @@ class MemoryConfig:
         epochs: times the trajectory is walked; phi is kept from one to the next.
         unroll: differentiate only the last so many inner steps exactly; what the earlier ones read
             is a constant, as in ``first_order``. 0 for all.
-        recompute: read each state before the anchor again in the backward pass, so that memory
-            does not grow with their number. Without, all are read at once and kept: about a
-            quarter less work, for small models and texts.
         pre_anchor_scale: s >= 1; the pre-anchor state masks min(M, floor(s n)) of M maskable
             positions where the anchor masks n.
         prompt_mask_ratio: in (0, 1]; anchor mask ratio when a prompt is written into memory, and
@@ -102,7 +99,6 @@ class MemoryConfig:
     deal: Literal["random", "spread"] = "spread"
     epochs: int = 1
     unroll: int = 0
-    recompute: bool = True
     pre_anchor_scale: float = 1.5
     prompt_mask_ratio: float = 0.2
     prompt_chunk: int = 0

@@ -458,10 +458,10 @@ class _Reader:
     def steps(self, anchor: Hidden | None) -> Sequence["HeadState | Scanned"]:
         """What ``fold`` walks: the states in order, leaves [groups, ...].
 
-        States before the anchor are read together: under a scan, one trunk at a time, which a
-        derivative runs again instead of keeping its activations (``recompute``); or in one call.
-        With teachers, who read later states, or several epochs, which read all states again, each
-        state is read once and kept.
+        States before the anchor are read under a scan, one trunk at a time, which a derivative runs
+        again instead of keeping its activations: memory does not grow with their number. (On a CPU
+        this is also faster than keeping them.) With teachers, who read later states, or several
+        epochs, which read all states again, each state is read once and kept.
         """
         trajectory, config = self.trajectory, self.loop.config
         total = len(trajectory.states) * trajectory.epochs
@@ -469,18 +469,18 @@ class _Reader:
         together = len(trajectory.states) - trajectory.ends_at_anchor
         if together < 2 or trajectory.epochs > 1 or config.distils:
             together = 0
-        read = self._scanned if config.recompute else self._at_once
         cut = min(constant, together)
         steps: list[HeadState | Scanned] = []
         for first, last in ((0, cut), (cut, together)):
             if first < last:
-                steps += read(first, last, last <= constant)
+                steps.append(self._scanned(first, last, last <= constant))
         return [*steps, *self._one_by_one(anchor, together, constant)]
 
-    def _scanned(self, first: int, last: int, constant: bool) -> Sequence["HeadState | Scanned"]:
+    def _scanned(self, first: int, last: int, constant: bool) -> "Scanned":
         """States ``first .. last - 1`` under one scan."""
         trajectory = self.trajectory
-        stacked = _stacked(trajectory.states[first:last])
+        states = trajectory.states[first:last]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         keys = None if trajectory.dropout is None else trajectory.dropout[first:last]
         read = jax.checkpoint(functools.partial(self._read, constant=constant), prevent_cse=False)
 
@@ -488,23 +488,7 @@ class _Reader:
             state, key = entry
             return self._head_state(state, read(state), key=key, constant=constant)
 
-        return [Scanned((stacked, keys), head_state)]
-
-    def _at_once(self, first: int, last: int, constant: bool) -> Sequence["HeadState | Scanned"]:
-        """States ``first .. last - 1`` as rows of one batch."""
-        states, count = self.trajectory.states[first:last], last - first
-        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), _stacked(states))
-        context = jax.tree.map(
-            lambda leaf: jnp.tile(leaf, (count, *(1,) * (leaf.ndim - 1))), self.trajectory.context
-        )
-        hidden = jnp.split(self._read(rows, constant, context), count)
-        keys = self.trajectory.dropout
-        return [
-            self._head_state(
-                state, hidden[k], key=None if keys is None else keys[first + k], constant=constant
-            )
-            for k, state in enumerate(states)
-        ]
+        return Scanned((stacked, keys), head_state)
 
     def _one_by_one(
         self, anchor: Hidden | None, start: int, constant: int
@@ -525,8 +509,8 @@ class _Reader:
             steps.append(self._head_state(states[k], hidden[k], teachers[k], key, step < constant))
         return steps
 
-    def _read(self, state: NoisyState, constant: bool = False, context=None) -> Hidden:
-        context, entered = context or self.trajectory.context, self.loop.enters(self.rule)
+    def _read(self, state: NoisyState, constant: bool = False) -> Hidden:
+        context, entered = self.trajectory.context, self.loop.enters(self.rule)
         theta = jax.lax.stop_gradient(self.theta) if constant else self.theta
         return self.loop.read(theta, state, context, entered)
 
@@ -639,10 +623,6 @@ def fold(
 
 def _scaled_layers(update: Float[Array, "g n ..."], scale: Float[Array, "n"]) -> jax.Array:
     return update * scale.reshape(-1, *(1,) * (update.ndim - 2)).astype(update.dtype)
-
-
-def _stacked(states: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 def choose_groups(fine: Bool[Array, "g"], new, old):

@@ -1,0 +1,80 @@
+"""Needles that the model reads once and answers when the text is gone, in stages.
+
+    python -m experiments.written_memory --config=experiments/configs/written_memory.py \
+        --config.init=memdlm_jax/assets/tiny --config.train.output=runs/written_memory
+
+The settings were found on the validation split.
+"""
+
+from ml_collections import config_dict
+
+from experiments import _memory
+
+
+def get_config() -> config_dict.ConfigDict:
+    """All settings of the run; names and meaning are those of the dataclasses."""
+    config = config_dict.ConfigDict()
+    config.init = "memdlm_jax/assets/tiny"
+    config.probe = 32
+    config.episodes = 125
+    config.least = 1.0
+    config.visible = {"rows": 6, "length": 384, "keys": (4, 8, 12), "needles": 1000}
+
+    config.memory = _memory.defaults()
+    config.memory.masking = "cover"
+    config.memory.steps = 6
+    config.memory.pieces = "parallel"
+    config.memory.prompt_chunk = 80
+    config.memory.normalisation = "sum"
+    config.memory.learning_rate = 0.07
+    config.memory.clip = "none"
+    config.memory.adapter = "full"
+    config.memory.target_modules = ("down_proj",)
+    config.memory.layer_fraction = 0.2
+    config.memory.meta_gradient = "exact"
+    config.memory.learned = ("rates",)
+
+    config.optimizer = config_dict.ConfigDict()
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_fraction = 0.05
+    config.optimizer.end_fraction = 0.1
+    config.optimizer.beta2 = 0.98
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.inner_scale = 10.0
+
+    config.train = config_dict.ConfigDict()
+    config.train.output = "runs/written_memory"
+    config.train.seed = 0
+    config.train.log_every = 10
+    config.train.validate_every = 100
+    config.train.save_every = 200
+    config.train.count_flops = False
+
+    def needles(keys, tokens, segments, texts, questions=4, **batch):
+        task = {"kind": "needles", "keys": keys, "tokens": tokens, "questions": questions}
+        sizes = {"texts": texts, "questions": questions, "segment": 80, "segments": segments}
+        return {"task": task, "batch": sizes | {"length": 32} | batch}
+
+    def told(kind, texts, questions, **task):
+        sizes = {"texts": texts, "questions": questions, "segment": 80, "segments": 2}
+        task = {"kind": kind, "questions": questions} | task
+        return {"task": task, "batch": sizes | {"length": 32}}
+
+    four = needles(4, 0, 1, 16)
+    eight, sixteen = needles(8, 0, 2, 8, 8), needles(16, 0, 5, 4, 16)
+    short, middle, long = needles(4, 192, 4, 6), needles(4, 512, 9, 3), needles(4, 2048, 32, 1)
+    stories, facts = told("qa1", 12, 2), told("conversation", 12, 4, keys=4, tokens=100)
+    config.stages = (
+        {"steps": 320, "parts": (needles(4, 0, 1, 16, focus=14.0, hold=140, ramp=180),)},
+        {"steps": 280, "parts": (four, eight), "visible": 9},
+        {"steps": 400, "parts": (four, eight, short, sixteen), "visible": 9},
+        {
+            "steps": 1400,
+            "parts": (four, eight, sixteen, short, middle, stories, four, facts, long),
+            "visible": 9,
+        },
+    )
+    config.held_out = (four, short)
+    config.evaluate = (four, eight, sixteen, short, middle, long, stories, facts)
+    config.distributed = {}
+    return config
