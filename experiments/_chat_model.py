@@ -118,6 +118,7 @@ class Answerer:
         prompt: tuple[Tokens, Mask],
         written: tuple[Tokens, Mask],
         show: Callable[[Decoded], None],
+        phi: Phi = None,
     ) -> tuple[Decoded, Phi, Cost | None]:
         """Write, if there is a memory, and decode.
 
@@ -126,13 +127,16 @@ class Answerer:
             prompt: (tokens [1, p], valid [1, p]).
             written: the same of what is written into memory.
             show: called with what stands there before the first step and after each.
+            phi: a memory that was written before; then nothing is written.
 
         Returns:
-            (the answer with its history, fast weights, what memory took); ``None`` for the latter
-            two without memory.
+            (the answer with its history, fast weights, what memory took); ``None`` for the last
+            one where nothing was written, and for the last two without memory.
         """
         if self.generator.inner_loop is None:
             return self._decode(keys, prompt, None, show)[0], None, None
+        if phi is not None:
+            return self._decode(keys, prompt, phi, show)[0], phi, None
         arguments = self.theta, Prompts(keys, *written), self.learned
         writer, compiling = self._writer(arguments)
         began = time.perf_counter()

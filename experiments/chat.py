@@ -25,20 +25,22 @@ from experiments import _cli, _memory, _model
 from experiments._chat_model import UNBOUNDED, Answerer, encoded, fit, padded
 from experiments._chat_screen import Screen, painted
 from memdlm_jax import storage
+from memdlm_jax.data.episodes import encode_text
 from memdlm_jax.data.example import Message
 from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.evaluation import animation
 from memdlm_jax.evaluation.systems import replies, stopping
 from memdlm_jax.inference.generation import Generator
-from memdlm_jax.memory import fast_weights
+from memdlm_jax.memory import fast_weights, written
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.inner_loop import InnerParameters, inner_loop_for
+from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters, inner_loop_for
 from memdlm_jax.typing import Phi
 
 HELP = """\
 /help                   this list
-/forget                 start over
+/read FILE              write a text file into memory; replies then use it without seeing it
+/forget                 start over, and forget the file
 /memory [on | off]      write the conversation into memory before every reply, or not
 /memory show            what the last prompt wrote, matrix by matrix
 /save PATH.html | .gif  how the last reply was denoised
@@ -156,6 +158,7 @@ class Chat:
         self.turns: list[Message] = []
         self.left_out = 0  # Oldest turns that the model is no longer shown.
         self.phi: Phi = None
+        self.document: Phi = None  # Memory of a file that was read.
 
     def switch(self, memory: MemoryConfig | None) -> None:
         """Write prompts like this from now on, or not at all.
@@ -168,6 +171,35 @@ class Chat:
             generator = Generator(self.denoiser, inner_loop, self.decode)
             self._answerers[memory] = Answerer(generator, self.theta, self._learned(memory))
         self.memory, self.answerer = memory, self._answerers[memory]
+
+    def read(self, file: str) -> int:
+        """Write a text file into memory, for all replies from now on; how many tokens it has.
+
+        Nothing else is written until ``forget``.
+
+        Raises:
+            FileNotFoundError, UnicodeDecodeError: there is no such text.
+            ValueError: it is empty, or the model was not trained to write texts in segments.
+        """
+        config = self.config
+        memory = self.memory or config.standby or _memory.settings(config.model, {})
+        if not memory.prompt_chunk:
+            raise ValueError(
+                "memory.prompt_chunk=0 must be set: the model was not trained to write texts in "
+                "segments, see experiments.written_memory"
+            )
+        text = storage.read_text(storage.path(file).expanduser(), "utf-8-sig")
+        texts = encode_text(self.tokenizer, text, memory.prompt_chunk)
+        self.switch(memory)
+        loop = InnerLoop(self.denoiser, memory)
+
+        def write(key, theta, texts, learned):
+            return written.write_texts(key, loop, theta, texts, learned)[0]
+
+        key = jax.random.key(config.seed)
+        self.document = jax.jit(write)(key, self.theta, texts, self._learned(memory))
+        self.phi = self.document
+        return int(texts.valid.sum())
 
     def _learned(self, memory: MemoryConfig | None) -> InnerParameters | None:
         if memory is None:
@@ -198,6 +230,7 @@ class Chat:
                 padded(self.tokenizer, ids, self.room),
                 padded(self.tokenizer, self._written(ids, turns), UNBOUNDED),
                 lambda seen: show(self._picture(seen)),
+                self.document,
             )
         said = replies(self.tokenizer, decoded, self.decode.stop)
         reply = said.texts[0]
@@ -253,7 +286,10 @@ def command(chat: Chat, line: str) -> bool:
             chat.screen.note(HELP)
         case "/forget", "":
             chat.forget()
-            chat.screen.note("the conversation is forgotten")
+            chat.screen.note("everything is forgotten")
+        case "/read", file if file:
+            count = chat.read(file)
+            chat.screen.note(f"{count} tokens of {file} are in memory; /memory off answers without")
         case "/memory", "show":
             if chat.phi is None:
                 raise ValueError("nothing has been written into memory yet")

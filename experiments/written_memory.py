@@ -142,8 +142,8 @@ class WrittenMemoryConfig:
     def __post_init__(self):
         if not self.init:
             raise ValueError("init='' must name a model folder")
-        if not self.stages:
-            raise ValueError("stages=() must have at least one stage")
+        if not 0 < self.least <= 1:
+            raise ValueError(f"least={self.least} must be in (0, 1]")
         for part in self.parts:
             if part.batch.segment != self.memory.prompt_chunk:
                 raise ValueError(
@@ -167,7 +167,9 @@ def from_config_dict(config: config_dict.ConfigDict) -> WrittenMemoryConfig:
     settings = config.to_dict()
     _cli.drop_distributed(settings)
     _model.resolve(settings, "init")
-    total = sum(stage.get("steps", 0) for stage in settings.get("stages", ()))
+    if not settings.get("stages"):
+        raise ValueError("config.stages=() must have at least one stage")
+    total = sum(stage.get("steps", 0) for stage in settings["stages"])
     settings["optimizer"]["total_steps"] = settings["train"]["steps"] = total
     return _cli.build(WrittenMemoryConfig, settings)
 
@@ -302,17 +304,39 @@ def evaluate(config: WrittenMemoryConfig, tokenizer: Tokenizer, system: System, 
     return rows
 
 
+def measure(model: str, config: WrittenMemoryConfig) -> list[dict[str, Any]]:
+    """The table of a model folder that was trained with these memory settings."""
+    denoiser, theta, tokenizer = _model.load(model, "float32")
+    learned = _memory.inner_parameters(model, denoiser, config.memory)
+    system = System("memdlm", denoiser, theta, InnerLoop(denoiser, config.memory), learned)
+    return evaluate(config, tokenizer, system, denoiser.config.max_length)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of ``measure`` as text: right answers in per cent."""
+    ways = ("on", "off", "other", "context")
+    lines = [("task", "n", *ways, "guessing")]
+    for row in rows:
+        shares = [100 * row[way]["right"] if way in row else None for way in ways]
+        cells = ["-" if share is None else f"{share:.1f}" for share in shares]
+        lines.append((row["task"], str(row["n"]), *cells, f"{100 * row['guessing']:.1f}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
+        for cells in lines
+    )
+
+
 def main(config: WrittenMemoryConfig) -> None:
     """Train, then measure on the test split."""
     result = train(config)
     if not result.finished:
         sys.exit(f"stopped after step {result.state.step}; run the same command to go on")
     folder = storage.path(config.train.output)
-    denoiser, theta, tokenizer = _model.load(str(folder / "model"), "float32")
-    learned = _memory.inner_parameters(str(folder / "model"), denoiser, config.memory)
-    system = System("memdlm", denoiser, theta, InnerLoop(denoiser, config.memory), learned)
-    rows = evaluate(config, tokenizer, system, denoiser.config.max_length)
+    rows = measure(str(folder / "model"), config)
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print("right answers in %, the text absent (context: the text is shown, no memory)")
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ questions, and each was counted twice.)
 
 from ml_collections import config_dict
 
-from experiments.configs import evaluate, finetune_needles
+from experiments.configs import evaluate, finetune_needles, written_memory
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -31,6 +31,18 @@ def get_config() -> config_dict.ConfigDict:
     config.output = "runs/quickstart"
     config.model = ""
     config.conversations = 300
+
+    config.reader = ""
+    config.written = written_memory.get_config()
+    for filled in ("init", "distributed"):
+        del config.written[filled]
+    four, _, _, short, *_ = config.written.evaluate
+    (first, *_) = config.written.stages
+    config.written.stages = ({"steps": 250, "parts": first["parts"]},)
+    config.written.held_out, config.written.evaluate = (four,), (four, short)
+    config.written.probe, config.written.episodes = 16, 16
+    config.written.train.validate_every = 25
+    config.written.train.save_every = 125
 
     config.memory = finetune_needles.get_config().memory
     del config.memory["enabled"]

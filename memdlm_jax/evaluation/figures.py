@@ -58,6 +58,30 @@ def loss_curves(curves: Mapping[str, Curve]) -> str:
     return _data_uri(figure)
 
 
+def accuracy_curves(curves: Mapping[str, Curve], chance: float) -> str:
+    """Draw right answers from memory against training steps, one line per run.
+
+    Args:
+        curves: run -> records with ``step`` and ``on``, the share of right answers.
+        chance: of guessing.
+
+    Returns:
+        A data URI of a PNG image.
+    """
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for name, curve in curves.items():
+        steps, values = zip(*((record["step"], record["on"]) for record in curve), strict=True)
+        panel.plot(steps, values, marker="o", ms=3, label=name)
+    panel.axhline(chance, ls=":", color="grey", label="guessing a value of the text")
+    panel.set_ylim(-0.03, 1.03)
+    panel.set_xlabel("optimiser step")
+    panel.set_ylabel("right answers, text absent")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    return _data_uri(figure)
+
+
 def scores_by_length(cells: Sequence[Mapping[str, Any]]) -> str:
     """Draw the tasks' own scores against length: one panel per task, one line per system.
 

@@ -11,7 +11,17 @@ import jinja2
 from memdlm_jax import storage
 from memdlm_jax.evaluation import figures, retrieval
 
-PARTS = ("needles", "tasks", "likelihood", "exposure", "retrieval", "curves", "samples", "history")
+PARTS = (
+    "written",
+    "needles",
+    "tasks",
+    "likelihood",
+    "exposure",
+    "retrieval",
+    "curves",
+    "samples",
+    "history",
+)
 """Parts of the results that may be missing."""
 
 LEVEL = 0.05
@@ -24,7 +34,9 @@ def write(folder: str | Path, results: Mapping[str, Any]) -> Path:
     Args:
         folder: made if missing; both files in it are replaced.
         results: JSON-ready. ``title`` and ``run`` (``command``, ``config``, ``versions``,
-            ``seconds`` by stage, ``notes``) are always shown; shown where present are ``needles``
+            ``seconds`` by stage, ``notes``) are always shown; shown where present are ``written``
+            (``table``, rows of ``experiments.written_memory``; ``curves``, run -> records with
+            ``step`` and ``on``; ``chance``), ``needles``
             (``needles.evaluate``), ``tasks`` (``cells`` of ``comparison.cell_results`` and
             ``comparisons``), ``exposure`` (``exposure_bias.evaluate``), ``retrieval``
             (``retrieval.evaluate``), ``likelihood`` (``likelihood.evaluate``), ``curves`` (run ->
@@ -53,10 +65,14 @@ def render(results: Mapping[str, Any]) -> str:
     )
     environment.filters |= {"percent": percent, "interval": interval, "signed": signed, "p": p_text}
     curves, exposure = results.get("curves"), results.get("exposure")
+    written = results.get("written")
     return environment.from_string(source.read_text(encoding="utf-8")).render(
         results=dict.fromkeys(PARTS) | dict(results),
         findings=findings(results),
         figure=figures.loss_curves(curves) if curves else None,
+        written_figure=figures.accuracy_curves(written["curves"], written["chance"])
+        if written
+        else None,
         needle_figures=_needle_figures(results.get("needles")),
         attention_figures=_attention_figures(results.get("retrieval")),
         exposure_figure=figures.exposure_curves(exposure) if exposure else None,
@@ -152,6 +168,8 @@ def p_text(value: float) -> str:
 def findings(results: Mapping[str, Any]) -> list[str]:
     """What was measured, one sentence each, whichever way it came out."""
     said: list[str] = []
+    if written := results.get("written"):
+        said += [_written_sentence(row) for row in written["table"]]
     if needles := results.get("needles"):
         said += [_needle_sentence(comparison) for comparison in needles["comparisons"]]
         said += _floor_sentences(needles["cells"])
@@ -170,6 +188,17 @@ def findings(results: Mapping[str, Any]) -> list[str]:
             for comparison in likelihood["comparisons"]
         ]
     return said
+
+
+def _written_sentence(row: Mapping[str, Any]) -> str:
+    on, off, other = row["on"], row["off"]["right"], row["other"]["right"]
+    bounds = interval((on["low"], on["high"]))
+    return (
+        f"Answers with the text gone, {row['task']}: {percent(on['right'])} % right from the "
+        f"memory of the text (95 % interval {bounds}, n = {row['n']}), {percent(off)} % without "
+        f"memory, {percent(other)} % from the memory of another text; guessing one of the text's "
+        f"answers gives {percent(row['guessing'])} %."
+    )
 
 
 def _needle_sentence(c: Mapping[str, Any]) -> str:

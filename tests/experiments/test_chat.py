@@ -400,3 +400,41 @@ def test_the_short_flag_enables_memory(model):
         "error: memory.prompt_chunk=500 must be at most max_length=136\n"
     )
     assert done.stdout == ""
+
+
+def test_a_file_that_was_read_answers_until_it_is_forgotten(talk, model, tmp_path):
+    """Replies use the file's memory alone; off and after /forget they are those without it."""
+    file = tmp_path / "notes.txt"
+    file.write_text("The cat saw every bird. The mats flew.")
+    memory = dataclasses.replace(MEMORY, prompt_chunk=16, pieces="parallel", masking="cover")
+    ask = "every green cat"
+    with_file, off, after = talk(
+        f"/read {file}", ask, "/memory off", "/forget", ask, "/memory on", "/forget", ask,
+        memory=memory,
+    )[0]  # fmt: skip
+    plain = talk(ask)[0][0]
+    written = talk(ask, memory=memory)[0][0]
+    assert off == plain and after == written
+    talking = quiet(chat.ChatConfig(model=model, decode=DECODE, memory=memory))
+    talking.read(str(file))
+    own, document = talking.phi, talking.document
+    assert own is document
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(document))
+    system = System("s", talking.denoiser, talking.theta, inner_loop_for(talking.denoiser, memory))
+    ids = prompt_ids(talking.tokenizer, Example(ask, "?", "test", "test"), 10_000)
+    prompts = Prompts(
+        jax.random.fold_in(jax.random.key(0), 0)[None],
+        *_chat_model.padded(talking.tokenizer, ids, talking.room),
+    )
+    generator = Generator(talking.denoiser, system.inner_loop, talking.decode)
+    decoded = generation.generate(generator, talking.theta, prompts, None, document)
+    ends = chat.replies(talking.tokenizer, jax.device_get(decoded), talking.decode.stop)
+    assert with_file == " ".join(ends.texts[0].splitlines())
+
+
+def test_what_cannot_be_read_is_told(talk, tmp_path):
+    said = "\n".join(talk(f"/read {tmp_path}/none.txt", memory=MEMORY)[1])
+    assert "memory.prompt_chunk=0 must be set" in said
+    pieces = dataclasses.replace(MEMORY, prompt_chunk=16)
+    said = "\n".join(talk(f"/read {tmp_path}/none.txt", memory=pieces)[1])
+    assert "none.txt" in said
