@@ -25,11 +25,12 @@ from experiments import _cli, _memory, _model
 from memdlm_jax import processes, storage
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
-from memdlm_jax.data.episodes import EpisodeBatches, EpisodeConfig, VisibleRows, WholeAnswers
+from memdlm_jax.data.episodes import EpisodeBatches, EpisodeConfig, VisibleRows
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.filler import Filler
 from memdlm_jax.data.needles import NeedleConfig, NeedleTask
 from memdlm_jax.data.tokenizer import Tokenizer
+from memdlm_jax.diffusion.objective import WholeAnswers
 from memdlm_jax.diffusion.schedule import LinearSchedule
 from memdlm_jax.evaluation import written
 from memdlm_jax.evaluation.episode_tasks import TaskConfig, episodes_of

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -25,9 +23,7 @@ from memdlm_jax.data.sft import EncodeConfig, Encoder, Row
 from memdlm_jax.data.sources import split_of
 from memdlm_jax.data.text import SPLITS, Split, check_at_least, check_choice, split_sentences
 from memdlm_jax.data.tokenizer import Tokenizer
-from memdlm_jax.diffusion import masking
-from memdlm_jax.diffusion.schedule import Schedule
-from memdlm_jax.typing import Batch, Key, Mask, Texts
+from memdlm_jax.typing import Batch, Texts
 
 WORDINGS = (
     "What is the special magic number for {key} mentioned in the provided text?",
@@ -482,33 +478,3 @@ def _batch(rows: Sequence[Row], length: int, pad_id: int, context: Texts) -> Bat
         maskable[i, row.prompt_length : end] = True
         valid[i, :end] = True
     return Batch(tokens, maskable, valid, context=context)
-
-
-@dataclasses.dataclass(frozen=True)
-class WholeAnswers:
-    """Forward process that masks answers about a text whole; other rows as the schedule has it.
-
-    Attributes:
-        schedule: of rows without a text.
-        least: smallest share of an answer that is masked, in (0, 1]. 1 suits answers of one token;
-            less also trains the steps in which a part of a longer answer is known.
-    """
-
-    schedule: Schedule
-    least: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.least <= 1:
-            raise ValueError(f"least={self.least} must be in (0, 1]")
-
-    def __call__(self, key: Key, batch: Batch) -> tuple[Mask, jax.Array]:
-        """(mask [b, l], loss weight [b]); see ``diffusion.objective.Corruption``."""
-        time_key, mask_key = jax.random.split(key)
-        rows = len(batch.tokens)
-        t = self.schedule.sample_times(time_key, rows)
-        if batch.context is not None:
-            written = jnp.any(batch.context.valid, axis=(1, 2))
-            asked = jnp.repeat(written, rows // len(written))
-            t = jnp.where(asked, self.least + (1 - self.least) * t, t)
-        mask = masking.bernoulli_mask(mask_key, batch.maskable, self.schedule.mask_ratio(t))
-        return mask, self.schedule.weight(t)

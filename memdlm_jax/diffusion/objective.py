@@ -174,6 +174,36 @@ def draw_anchor(
     return Anchor(state, Context(batch.valid), batch.maskable.sum(-1), mask, weight)
 
 
+@dataclasses.dataclass(frozen=True)
+class WholeAnswers:
+    """Forward process that masks answers about a text whole; other rows as the schedule has it.
+
+    Attributes:
+        schedule: of rows without a text.
+        least: smallest share of an answer that is masked, in (0, 1]. 1 suits answers of one token;
+            less also trains the steps in which a part of a longer answer is known.
+    """
+
+    schedule: Schedule
+    least: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.least <= 1:
+            raise ValueError(f"least={self.least} must be in (0, 1]")
+
+    def __call__(self, key: Key, batch: Batch) -> tuple[Mask, jax.Array]:
+        """(mask [b, l], loss weight [b]); see ``Corruption``."""
+        time_key, mask_key = jax.random.split(key)
+        rows = len(batch.tokens)
+        t = self.schedule.sample_times(time_key, rows)
+        if batch.context is not None:
+            written = jnp.any(batch.context.valid, axis=(1, 2))
+            asked = jnp.repeat(written, rows // len(written))
+            t = jnp.where(asked, self.least + (1 - self.least) * t, t)
+        mask = masking.bernoulli_mask(mask_key, batch.maskable, self.schedule.mask_ratio(t))
+        return mask, self.schedule.weight(t)
+
+
 def mdlm_loss(denoiser: Denoiser, theta: Theta, anchor: Anchor) -> Float[Array, ""]:
     """The MDLM loss of the plain model (paper, equation 2): a weighted sum, not yet normalised.
 

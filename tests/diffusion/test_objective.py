@@ -1,11 +1,14 @@
 """Losses at gathered targets against plain sums over the whole row."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from memdlm_jax.diffusion.objective import (
+    WholeAnswers,
     chunked_token_losses,
     draw_anchor,
     gather_targets,
@@ -14,7 +17,7 @@ from memdlm_jax.diffusion.objective import (
     weighted_sum,
 )
 from memdlm_jax.diffusion.schedule import CosineSchedule, LinearSchedule
-from memdlm_jax.typing import Batch
+from memdlm_jax.typing import Batch, Texts
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 9, 6, 11
 RNG = np.random.default_rng(0)
@@ -183,3 +186,33 @@ class TestAnchor:
         np.testing.assert_allclose(anchor.mask.mean(-1), ratio, atol=0.05)
         weight = np.pi / 2 * np.sin(np.pi / 2 * (1 - t)) / ratio
         np.testing.assert_allclose(anchor.weight, weight, rtol=1e-3)
+
+
+class TestWholeAnswers:
+    """Answers about a text are masked whole, other rows as the schedule has it."""
+
+    def batch(self):
+        maskable = jnp.arange(400)[None].repeat(4, 0) >= 100
+        valid = jnp.ones_like(maskable)
+        written = jnp.zeros((2, 1, 3), bool).at[1].set(True)
+        texts = Texts(jnp.zeros((2, 1, 3), int), written)
+        return Batch(jnp.zeros(maskable.shape, int), maskable, valid, context=texts)
+
+    @pytest.mark.parametrize("least", [1.0, 0.6])
+    def test_by_text(self, least):
+        batch = self.batch()
+        mask, weight = WholeAnswers(LinearSchedule(), least)(jax.random.key(0), batch)
+        assert not (mask & ~batch.maskable).any()
+        share = mask.sum(-1) / 300
+        assert (share[2:] >= least - 0.1).all()
+        np.testing.assert_allclose(weight, 1 / share, rtol=0.25)
+        if least == 1.0:
+            np.testing.assert_array_equal(mask[2:], batch.maskable[2:])
+            np.testing.assert_allclose(weight[2:], 1, rtol=1e-5)
+        plain = dataclasses.replace(batch, context=None)
+        drawn, _ = WholeAnswers(LinearSchedule(), least)(jax.random.key(0), plain)
+        np.testing.assert_array_equal(drawn[:2], mask[:2])
+
+    def test_bad_share(self):
+        with pytest.raises(ValueError, match=r"least=0\.0 must be in"):
+            WholeAnswers(LinearSchedule(), 0.0)

@@ -6,7 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _evaluation, _measures, evaluate, finetune, generate, quickstart
+from experiments import (
+    _evaluation,
+    _measures,
+    evaluate,
+    finetune,
+    generate,
+    quickstart,
+    written_memory,
+)
 from experiments._evaluation import Loaded
 from experiments.configs import evaluate as evaluate_defaults
 from experiments.configs import generate as generate_defaults
@@ -250,8 +258,22 @@ def test_evaluate_refuses_answers_that_do_not_fit(model, tmp_path, small_corpus)
 
 @pytest.fixture
 def quick(model, tmp_path, monkeypatch):
-    """A quickstart whose two expensive stages only leave their traces; and the list of them."""
+    """A quickstart whose expensive stages only leave their traces; and the list of them."""
     done = []
+
+    def learn(config):
+        done.append(f"write {config.memory.meta_gradient}")
+        folder = tmp_path.joinpath(config.train.output)
+        folder.mkdir(parents=True)
+        line = {"step": 1, "validation/needles_4/on": 0.5}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return Result(TrainState(config.train.steps, None, None), None, 0.0, finished=True)
+
+    def ask(reader, config):
+        done.append("ask the reader")
+        right = {"right": 0.5, "low": 0.4, "high": 0.6}
+        ways = dict.fromkeys(("on", "off", "other"), right)
+        return [{"task": "needles_4", "n": 8, "guessing": 0.25} | ways]
 
     def train(config):
         done.append("mdlm" if config.memory is None else "memdlm")
@@ -265,10 +287,13 @@ def quick(model, tmp_path, monkeypatch):
         done.append(f"{config.mdlm} {config.memdlm}")
         return {"seconds": {"needles": 1.5}}
 
+    monkeypatch.setattr(written_memory, "train", learn)
+    monkeypatch.setattr(written_memory, "measure", ask)
     monkeypatch.setattr(finetune, "finetune", train)
     monkeypatch.setattr(evaluate, "measure", measure)
     config = quickstart_defaults.get_config()
     config.update({"model": model, "output": str(tmp_path / "quick"), "conversations": 2})
+    config.reader = model
     talks = [(f"talk {i}", [("a", "hi"), ("b", "ho"), ("a", "so")]) for i in range(3)]
     monkeypatch.setattr(sources, "chitchat_turns", lambda: iter(talks))
     return config, done
@@ -278,17 +303,23 @@ def test_quickstart_does_each_stage_once(quick, tmp_path):
     config, done = quick
     for _ in range(2):
         page = quickstart.run(quickstart.from_config_dict(config))
-    assert done[:2] == ["mdlm", "memdlm"] and len(done) == 3
-    assert "quick/mdlm-" in done[2] and "quick/memdlm-" in done[2]
+    first = ["ask the reader", "write exact", "write first_order", "mdlm", "memdlm"]
+    assert done[:5] == first and len(done) == 6
+    assert "quick/mdlm-" in done[5] and "quick/memdlm-" in done[5]
     stored = json.loads(page.with_name("results.json").read_text())
     talk = json.loads((tmp_path / "quick/data/conversations-2.jsonl").read_text().splitlines()[1])
     assert [m["role"] for m in talk["messages"]] == ["assistant", "user", "assistant"]
     assert talk["group"] == "talk 1"
     assert set(stored["curves"]) == {"mdlm", "memdlm"}
-    assert set(stored["run"]["seconds"]) == {"fine-tuning mdlm", "fine-tuning memdlm", "needles"}
+    assert stored["written"]["curves"]["exact"] == [{"step": 1, "on": 0.5}]
+    assert "50.0 % right from the memory of the text" in page.read_text()
+    assert set(stored["run"]["seconds"]) == {
+        "asking the reader", "learning to write, exact", "learning to write, first_order",
+        "fine-tuning mdlm", "fine-tuning memdlm", "needles",
+    }  # fmt: skip
     config.finetune.train.steps = 7
     quickstart.run(quickstart.from_config_dict(config))
-    assert done[3:5] == ["mdlm", "memdlm"] and len(done) == 6, "other settings, other stages"
+    assert done[6:8] == ["mdlm", "memdlm"] and len(done) == 9, "other settings, other stages"
 
 
 def test_quickstart_settings(quick):

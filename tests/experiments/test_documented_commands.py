@@ -73,7 +73,7 @@ def test_settings_hold_together(page, monkeypatch, my_module):
 
 def test_model_folders_of_the_readme_are_shipped_or_made_by_a_line_above(monkeypatch):
     monkeypatch.chdir(ROOT)
-    made, scripts = {"memdlm_jax/assets/tiny"}, set()
+    made, scripts = {"memdlm_jax/assets/tiny", "memdlm_jax/assets/reader"}, set()
     for script, arguments in commands(PAGES[0]):
         scripts.add(script)
         if script in ("parity", "check_backbone"):
@@ -81,6 +81,9 @@ def test_model_folders_of_the_readme_are_shipped_or_made_by_a_line_above(monkeyp
             continue
         if script in ("describe", "convert"):
             assert arguments[0] in {*PUBLISHED, *made}
+            continue
+        if script == "ask":
+            assert arguments[0].removeprefix("--model=") in made
             continue
         if script == "lm_eval":
             continue  # The harness's own options; ``tests/evaluation/test_harness.py`` runs it.
