@@ -7,7 +7,7 @@ config is a list of stages of rising difficulty. Running the same command again 
 shows, on held-out texts, how many answers are right with the memory of the own text (``on``),
 without memory (``off``) and with the memory of another text (``other``). ``OUTPUT/model`` is a
 model folder that remembers how its memory was trained; ``OUTPUT/results.json`` has the table on
-the test split.
+the test split. ``--config.model=FOLDER`` measures a model folder instead.
 """
 
 import dataclasses
@@ -126,6 +126,7 @@ class WrittenMemoryConfig:
         probe: texts of each of these.
         least: see ``WholeAnswers``.
         visible: rows with their context visible.
+        model: model folder to measure; empty trains one and measures it.
     """
 
     init: str
@@ -139,6 +140,7 @@ class WrittenMemoryConfig:
     probe: int = 32
     least: float = 1.0
     visible: VisibleConfig = dataclasses.field(default_factory=VisibleConfig)
+    model: str = ""
 
     def __post_init__(self):
         if not self.init:
@@ -306,10 +308,20 @@ def evaluate(config: WrittenMemoryConfig, tokenizer: Tokenizer, system: System, 
 
 
 def measure(model: str, config: WrittenMemoryConfig) -> list[dict[str, Any]]:
-    """The table of a model folder that was trained with these memory settings."""
+    """The table of a model folder, which writes as it was trained to.
+
+    Raises:
+        ValueError: it was trained with segments of another length than the table's.
+    """
     denoiser, theta, tokenizer = _model.load(model, "float32")
-    learned = _memory.inner_parameters(model, denoiser, config.memory)
-    system = System("memdlm", denoiser, theta, InnerLoop(denoiser, config.memory), learned)
+    memory = _memory.settings(model, {})
+    if memory.prompt_chunk != config.memory.prompt_chunk:
+        raise ValueError(
+            f"model={model!r} writes segments of memory.prompt_chunk={memory.prompt_chunk} tokens, "
+            f"must be {config.memory.prompt_chunk} as in the config"
+        )
+    learned = _memory.inner_parameters(model, denoiser, memory)
+    system = System("memdlm", denoiser, theta, InnerLoop(denoiser, memory), learned)
     return evaluate(config, tokenizer, system, denoiser.config.max_length)
 
 
@@ -329,12 +341,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(config: WrittenMemoryConfig) -> None:
-    """Train, then measure on the test split."""
-    result = train(config)
-    if not result.finished:
-        sys.exit(f"stopped after step {result.state.step}; run the same command to go on")
+    """Train, then measure on the test split; with ``model`` only measure."""
     folder = storage.path(config.train.output)
-    rows = measure(str(folder / "model"), config)
+    if not config.model:
+        result = train(config)
+        if not result.finished:
+            sys.exit(f"stopped after step {result.state.step}; run the same command to go on")
+    rows = measure(config.model or str(folder / "model"), config)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     print("right answers in %, the text absent (context: the text is shown, no memory)")
     print(table(rows))

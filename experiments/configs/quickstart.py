@@ -34,7 +34,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.reader = ""
     config.written = written_memory.get_config()
-    for filled in ("init", "distributed"):
+    for filled in ("init", "model", "distributed"):
         del config.written[filled]
     four, _, _, short, *_ = config.written.evaluate
     (first, *_) = config.written.stages

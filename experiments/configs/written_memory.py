@@ -15,8 +15,9 @@ def get_config() -> config_dict.ConfigDict:
     """All settings of the run; names and meaning are those of the dataclasses."""
     config = config_dict.ConfigDict()
     config.init = "memdlm_jax/assets/tiny"
+    config.model = ""
     config.probe = 32
-    config.episodes = 125
+    config.episodes = 250
     config.least = 1.0
     config.visible = {"rows": 6, "length": 384, "keys": (4, 8, 12), "needles": 1000}
 

@@ -78,6 +78,17 @@ def test_log_and_table_show_memory_on_off_and_of_another_text(trained):
         assert 0 <= row["on"]["low"] <= row["on"]["right"] <= row["on"]["high"] <= 1
 
 
+def test_a_model_folder_is_measured_without_training(trained, model, tmp_path, capsys):
+    written_memory.main(written_memory.from_config_dict(config(tmp_path / "asked", model=model)))
+    first, again = (folder / "results.json" for folder in (trained, tmp_path / "asked"))
+    assert first.read_text() == again.read_text()
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split() == ["task", "n", "on", "off", "other", "context", "guessing"]
+    assert said[2].split()[:2] == ["needles_2", "6"]
+    with pytest.raises(ValueError, match=r"writes segments of memory\.prompt_chunk=0 tokens"):
+        written_memory.measure(TINY, written_memory.from_config_dict(config("x")))
+
+
 def test_a_run_that_was_stopped_ends_the_same(trained, tmp_path):
     """The first two steps, then the rest by the same command."""
     shutil.copytree(trained, tmp_path / "again")
