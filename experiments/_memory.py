@@ -17,6 +17,7 @@ from ml_collections import config_dict
 from experiments import _cli
 from memdlm_jax import storage
 from memdlm_jax.checkpoints import hugging_face, trees
+from memdlm_jax.evaluation import spectrum
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters
@@ -123,7 +124,7 @@ def written_lines(path: str) -> Iterator[str]:
             flat[above] = fast_weights.LowRank(array, arrays[f"{above}/B"], scale)
     phi = flax.traverse_util.unflatten_dict(flat, sep="/")
     yield f"{sum(a.size for a in arrays.values()):,} fast weights, written with {memory}"
-    for name, found in fast_weights.describe(phi).items():
+    for name, found in spectrum.describe(phi).items():
         for layer, (norm, rank) in enumerate(zip(found["norm"][0], found["rank"][0], strict=True)):
             # Of experts the mean.
             yield (

@@ -29,10 +29,10 @@ from memdlm_jax.data.episodes import encode_text
 from memdlm_jax.data.example import Message
 from memdlm_jax.diffusion.decode import Decoded
 from memdlm_jax.diffusion.samplers import DecodeConfig
-from memdlm_jax.evaluation import animation
+from memdlm_jax.evaluation import animation, spectrum
 from memdlm_jax.evaluation.systems import replies, stopping
 from memdlm_jax.inference.generation import Generator
-from memdlm_jax.memory import fast_weights, written
+from memdlm_jax.memory import written
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters, inner_loop_for
 from memdlm_jax.typing import Phi
@@ -262,7 +262,7 @@ class Chat:
         """What the last prompt wrote, matrix by matrix; of many experts the mean."""
         table = Table("matrix", "layer", "norm", "effective rank")
         first = self.answerer.generator.split
-        for path, found in fast_weights.describe(self.phi).items():
+        for path, found in spectrum.describe(self.phi).items():
             norm, rank = (
                 np.asarray(found[name])[0].reshape(found[name].shape[1], -1).mean(1)
                 for name in ("norm", "rank")

@@ -29,17 +29,12 @@ from memdlm_jax.data.prepare import DataConfig, PreparedData, prepare
 from memdlm_jax.diffusion.objective import PAPER_LOSS, LossConfig
 from memdlm_jax.diffusion.schedule import Schedule
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.inner_loop import (
-    InnerLoop,
-    inner_loop_for,
-    join_learned,
-    split_learned,
-)
+from memdlm_jax.memory.inner_loop import InnerLoop, inner_loop_for
 from memdlm_jax.models import lora
 from memdlm_jax.models.config import Remat
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.transformer import Transformer
-from memdlm_jax.parameters import Partitioned, merged, partition
+from memdlm_jax.parameters import Partitioned, join_learned, merged, partition, split_learned
 from memdlm_jax.training import fit, loop, run_folder
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import Result, RunData, TrainConfig

@@ -37,8 +37,9 @@ from memdlm_jax.evaluation.episode_tasks import TaskConfig, episodes_of
 from memdlm_jax.evaluation.statistics import wilson_interval
 from memdlm_jax.evaluation.systems import System
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.inner_loop import InnerLoop, join_learned, split_learned
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models.transformer import Transformer
+from memdlm_jax.parameters import join_learned, split_learned
 from memdlm_jax.training import loop
 from memdlm_jax.training import state as states
 from memdlm_jax.training.loop import RunData, TrainConfig

@@ -1,4 +1,4 @@
-"""Theta divided into what is trained and what is frozen."""
+"""What is trained: theta, or a part of it, and the learned parts of an inner loop."""
 
 from collections.abc import Callable
 from typing import Any
@@ -58,3 +58,23 @@ def merged(theta: Theta) -> Theta:
         for name, (_, leaf) in zip(names, leaves, strict=True)
     ]
     return jax.tree_util.tree_unflatten(structure, filled)
+
+
+@flax.struct.dataclass
+class WithInner:
+    """All that the outer gradient trains when the inner loop has learned parts."""
+
+    theta: Theta
+    inner: Any
+
+
+def join_learned(theta: Theta, learned: Any) -> Any:
+    """The parameters to train: theta alone unless the inner loop has learned parts."""
+    return theta if learned is None else WithInner(theta, learned)
+
+
+def split_learned(parameters: Any) -> tuple[Theta, Any]:
+    """Inverse of ``join_learned``."""
+    if isinstance(parameters, WithInner):
+        return parameters.theta, parameters.inner
+    return parameters, None

@@ -9,7 +9,7 @@ from memdlm_jax.typing import Key, Mask, Tokens
 
 def bernoulli_mask(key: Key, maskable: Mask, ratio: Float[Array, "b"]) -> Mask:
     """Mask each maskable position with probability ``ratio`` of its row, independently."""
-    return maskable & (jax.random.uniform(key, maskable.shape) < ratio[:, None])
+    return maskable & (jax.random.uniform(key, maskable.shape) < ratio[..., None])
 
 
 def choose_exactly(key: Key, candidates: Mask, count: Int[Array, "b"]) -> Mask:

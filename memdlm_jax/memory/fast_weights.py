@@ -13,7 +13,7 @@ import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from memdlm_jax import partitioning
 from memdlm_jax.diffusion import objective
@@ -298,29 +298,3 @@ def group_norms(tree: Phi) -> jax.Array:
     """Euclidean norm over all leaves of every group, [groups]."""
     squares = [jnp.sum(x**2, axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares))
-
-
-def describe(phi: Phi) -> dict[str, dict[str, Float[Array, "groups layers"]]]:
-    """What a memory changes, matrix by matrix.
-
-    Returns:
-        path -> {``norm``: Frobenius norm of the change that it makes to the matrix, [groups,
-        layers, (experts)]; ``rank``: its effective rank, the exponential of the entropy of its
-        normalised squared singular values, likewise; 0 where it changes nothing}.
-    """
-    return {path: _spectrum(delta) for path, delta in by_path(phi).items()}
-
-
-def _spectrum(delta) -> dict[str, jax.Array]:
-    if isinstance(delta, LowRank):
-        # The singular values of A B from two small triangles: the product may be a large matrix.
-        left = jnp.linalg.qr(delta.A, mode="r")
-        right = jnp.linalg.qr(jnp.swapaxes(delta.B, -1, -2), mode="r")
-        small = left @ jnp.swapaxes(right, -1, -2) * delta.scale
-    else:
-        small = delta.W
-    squares = jnp.linalg.svd(small, compute_uv=False) ** 2
-    total = jnp.sum(squares, axis=-1)
-    p = squares / jnp.where(total > 0, total, 1)[..., None]
-    entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)), axis=-1)
-    return {"norm": jnp.sqrt(total), "rank": jnp.where(total > 0, jnp.exp(entropy), 0.0)}

@@ -36,7 +36,7 @@ from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.fast_weights import Dense, LowRank
 from memdlm_jax.memory.trajectory import Trajectory
 from memdlm_jax.registry import INNER_LOSSES, INNER_OPTIMIZERS, META_GRADIENTS
-from memdlm_jax.typing import Batch, Context, Denoiser, Hidden, Key, Phi, Texts, Theta
+from memdlm_jax.typing import Batch, Context, Denoiser, Hidden, Key, Phi, Theta
 
 GroupLoss = Callable[[Theta, Phi, Any], jax.Array]
 """Loss of one group: (theta, phi without group axis, the group's state) -> scalar."""
@@ -97,26 +97,6 @@ class InnerParameters:
 
     log_rates: Phi = None
     start: dict[str, jax.Array] | None = None
-
-
-@flax.struct.dataclass
-class WithInner:
-    """All that the outer gradient trains when the inner loop has learned parts."""
-
-    theta: Theta
-    inner: InnerParameters
-
-
-def join_learned(theta: Theta, learned: InnerParameters | None) -> Any:
-    """The parameters to train: theta alone unless the inner loop has learned parts."""
-    return theta if learned is None else WithInner(theta, learned)
-
-
-def split_learned(parameters: Any) -> tuple[Theta, InnerParameters | None]:
-    """Inverse of ``join_learned``."""
-    if isinstance(parameters, WithInner):
-        return parameters.theta, parameters.inner
-    return parameters, None
 
 
 @flax.struct.dataclass
@@ -247,62 +227,24 @@ class InnerLoop:
             ValueError: the rows cannot be divided evenly among the config's memories.
         """
         phi_key, mask_key, dropout_key = keys
-        if batch.context is not None:
-            groups = fast_weights.groups_for(self.config, len(batch.context.tokens), parts)
-            trajectory = self.draw_texts(mask_key, batch.context, groups, axis_name, dropout_key)
-            return self.start(phi_key, groups, learned), trajectory
-        config, mask_token_id = self.config, self.denoiser.mask_token_id
-        groups = fast_weights.groups_for(config, batch.tokens.shape[0], parts)
-        rows = trajectories.rows_of_anchor(batch, anchor, config, mask_token_id, schedule)
+        config, denoiser, capacity = self.config, self.denoiser, None
+        if batch.context is None:
+            rows = trajectories.rows_of_anchor(
+                batch, anchor, config, denoiser.mask_token_id, schedule
+            )
+            count, capacity = len(batch.tokens), anchor.state.targets.positions.shape[1]
+        else:
+            anchor_key, mask_key = jax.random.split(mask_key)
+            rows = trajectories.rows_of_texts(anchor_key, batch.context, config, denoiser)
+            count = len(batch.context.tokens)
+        groups = fast_weights.groups_for(config, count, parts)
         trajectory = trajectories.draw(
-            mask_key,
-            config,
-            rows,
-            groups,
-            capacity=anchor.state.targets.positions.shape[1],
+            mask_key, config, rows, groups,
+            capacity=capacity,
             axis_name=axis_name if config.scope == "global" else None,
             dropout_key=dropout_key,
-        )
+        )  # fmt: skip
         return self.start(phi_key, groups, learned), trajectory
-
-    def draw_texts(
-        self,
-        key: Key,
-        texts: Texts,
-        groups: int,
-        axis_name: str | None = None,
-        dropout_key: Key | None = None,
-    ) -> Trajectory:
-        """Draw the states that write texts into memory.
-
-        Args:
-            key: PRNG key.
-            texts: what to write, [t, m, k]; all tokens count alike but for ``Texts.weight``.
-            groups: memories; each gets as many consecutive texts as the others.
-            axis_name: device axis, if any.
-            dropout_key: PRNG key of the inputs' dropout; ``None`` drops nothing.
-        """
-        config = dataclasses.replace(self.config, weighting="uniform")
-        shared = axis_name if config.scope == "global" else None
-
-        def draw(key, texts: Texts, dropout_key) -> Trajectory:
-            anchor_key, mask_key = jax.random.split(key)
-            rows = trajectories.rows_of_text(
-                anchor_key, config, self.denoiser, texts.tokens, texts.valid, texts.weight
-            )
-            return trajectories.draw(
-                mask_key, config, rows, groups, axis_name=shared, dropout_key=dropout_key
-            )
-
-        if config.pieces == "parallel":
-            rows = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), texts)
-            return draw(key, rows, dropout_key)
-        segments = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), texts)
-        keys = jax.random.split(key, len(segments.tokens))
-        if dropout_key is not None:
-            dropout_key = jax.random.split(dropout_key, len(keys))
-        drawn = jax.vmap(draw)(keys, segments, dropout_key)
-        return dataclasses.replace(drawn, in_sequence=True)
 
     def optimizer(self) -> optax.GradientTransformation:
         """The inner optimiser of one group."""

@@ -21,7 +21,7 @@ from memdlm_jax.diffusion.objective import Anchor, NoisyState
 from memdlm_jax.diffusion.schedule import LinearSchedule, Schedule
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.registry import MASKING_STRATEGIES
-from memdlm_jax.typing import Batch, Context, Denoiser, Key, Mask, Tokens
+from memdlm_jax.typing import Batch, Context, Denoiser, Key, Mask, Texts, Tokens
 
 PROGRESSIVE_START = 0.8
 """First mask ratio of ``progressive_memory``, as in the public code."""
@@ -70,6 +70,8 @@ class Rows:
         schedule: weighs states by their mask ratio.
         token_weight: [b, l] weight of each token's loss; ``None`` is 1 for all.
         is_outer_anchor: the outer loss has this anchor, too.
+        alike: all rows weigh 1, whatever their mask ratio.
+        in_sequence: see ``Trajectory``.
     """
 
     tokens: Tokens
@@ -81,6 +83,8 @@ class Rows:
     schedule: Schedule = flax.struct.field(pytree_node=False, default=LinearSchedule())
     token_weight: Float[Array, "b l"] | None = None
     is_outer_anchor: bool = flax.struct.field(pytree_node=False, default=False)
+    alike: bool = flax.struct.field(pytree_node=False, default=False)
+    in_sequence: bool = flax.struct.field(pytree_node=False, default=False)
 
     def masked(self, mask: Mask) -> Tokens:
         """The tokens [b, l] with mask tokens where ``mask`` is True."""
@@ -129,38 +133,29 @@ def rows_of_anchor(
     )
 
 
-def rows_of_text(
-    key: Key,
-    config: MemoryConfig,
-    denoiser: Denoiser,
-    tokens: Tokens,
-    valid: Mask,
-    token_weight: Float[Array, "b l"] | None = None,
-) -> Rows:
-    """The rows to write when a text or a prompt is written into memory.
+def rows_of_texts(key: Key, texts: Texts, config: MemoryConfig, denoiser: Denoiser) -> Rows:
+    """The rows to write when texts or prompts are written into memory: their segments.
 
     Every valid token is maskable and its own target, and all rows weigh the same (as in the public
     code's inference). The anchor masks each token with probability ``prompt_mask_ratio``. Models
     that predict a token from the position before it (Dream) never mask the first token of a row:
-    nothing precedes it.
-
-    Args:
-        key: PRNG key of the anchor.
-        config: memory settings.
-        denoiser: the backbone.
-        tokens: [b, l] int32, padded on either side.
-        valid: [b, l] bool, False on padding.
-        token_weight: [b, l] weight of each token's loss; ``None`` is 1 for all.
+    nothing precedes it. With ``pieces="sequence"`` the arrays get a leading axis of segments.
     """
-    maskable = valid
+    in_sequence = config.pieces == "sequence"
+
+    def arranged(leaf):
+        return jnp.moveaxis(leaf, 1, 0) if in_sequence else leaf.reshape(-1, leaf.shape[-1])
+
+    texts = jax.tree.map(arranged, texts)
+    maskable = texts.valid
     if lookback := getattr(denoiser, "lookback", 0):
         maskable = maskable & (jnp.cumsum(maskable, axis=-1) > lookback)
-    ones = jnp.ones((tokens.shape[0],))
+    ones = jnp.ones(maskable.shape[:-1])
     anchor = masking.bernoulli_mask(key, maskable, ones * config.prompt_mask_ratio)
-    mask_token_id = denoiser.mask_token_id
     return Rows(
-        tokens, maskable, anchor, ones, Context(valid), mask_token_id, token_weight=token_weight
-    )
+        texts.tokens, maskable, anchor, ones, Context(texts.valid), denoiser.mask_token_id,
+        token_weight=texts.weight, alike=True, in_sequence=in_sequence,
+    )  # fmt: skip
 
 
 def draw(
@@ -185,6 +180,20 @@ def draw(
         axis_name: device axis over which one memory is shared, if any.
         dropout_key: PRNG key of the inputs' dropout; ``None`` drops nothing.
     """
+    if rows.in_sequence:
+
+        def one(key, rows, dropout_key) -> Trajectory:
+            return draw(
+                key, config, rows, groups,
+                capacity=capacity, axis_name=axis_name, dropout_key=dropout_key,
+            )  # fmt: skip
+
+        count = len(rows.tokens)
+        apart = None if dropout_key is None else jax.random.split(dropout_key, count)
+        rows = dataclasses.replace(rows, in_sequence=False)
+        own_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+        found = jax.vmap(one)(own_keys, rows, apart)
+        return dataclasses.replace(found, in_sequence=True)
     drawn = MASKING_STRATEGIES(config.masking)(key, config, rows)
     following = [*drawn.masks[1:], drawn.follows]
     capacity = drawn.most if capacity is None else capacity
@@ -193,7 +202,7 @@ def draw(
         supervised = mask
         if config.supervise == "newly_revealed" and next_mask is not None:
             supervised = mask & ~next_mask
-        if config.weighting == "uniform":
+        if config.weighting == "uniform" or rows.alike:
             weight = jnp.ones_like(weight)
         weight = normalised(weight, supervised.sum(-1), groups, config.normalisation, axis_name)
         targets = objective.gather_targets(rows.tokens, supervised, capacity)

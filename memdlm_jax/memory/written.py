@@ -16,41 +16,6 @@ from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters, InnerStep
 from memdlm_jax.typing import Key, Mask, Phi, Texts, Theta, Tokens
 
 
-def write_prompt(
-    key: Key,
-    inner_loop: InnerLoop,
-    theta: Theta,
-    tokens: Tokens,
-    valid: Mask,
-    learned: InnerParameters | None = None,
-    phi: Phi = None,
-) -> tuple[Phi, InnerStep]:
-    """Adapt fast weights to each row's own prompt, every row on its own.
-
-    What is masked and how it is weighed: ``trajectory.rows_of_text``. Nothing is dropped.
-
-    Args:
-        key: PRNG key.
-        inner_loop: how to write; the scope is always ``example`` here, the weighting ``uniform``.
-        theta: base parameters.
-        tokens: [b, l] int32 prompts, padded on either side.
-        valid: [b, l] bool, False on padding.
-        learned: learned parts of the inner loop.
-        phi: fast weights that were written before, one group per row; ``None`` starts afresh.
-
-    Returns:
-        (phi with one group per row, record of the inner steps). No gradient flows to theta.
-    """
-    phi_key, anchor_key, mask_key = jax.random.split(key, 3)
-    config = dataclasses.replace(inner_loop.config, weighting="uniform")
-    count = tokens.shape[0]
-    rows = trajectories.rows_of_text(anchor_key, config, inner_loop.denoiser, tokens, valid)
-    trajectory = trajectories.draw(mask_key, config, rows, count)
-    if phi is None:
-        phi = inner_loop.start(phi_key, count, learned)
-    return inner_loop.adapt(theta, learned, phi, trajectory, meta_gradient.FirstOrder())
-
-
 def write_texts(
     key: Key,
     inner_loop: InnerLoop,
@@ -60,6 +25,8 @@ def write_texts(
     phi: Phi = None,
 ) -> tuple[Phi, InnerStep]:
     """Write each text into a memory of its own, as in training with ``Batch.context``.
+
+    What is masked and how it is weighed: ``trajectory.rows_of_texts``. Nothing is dropped.
 
     Args:
         key: PRNG key.
@@ -72,12 +39,29 @@ def write_texts(
     Returns:
         (phi with one group per text, record of the inner steps). No gradient flows to theta.
     """
-    phi_key, mask_key = jax.random.split(key)
-    count = len(texts.tokens)
-    trajectory = inner_loop.draw_texts(mask_key, texts, count)
+    phi_key, anchor_key, mask_key = jax.random.split(key, 3)
+    config, count = inner_loop.config, len(texts.tokens)
+    rows = trajectories.rows_of_texts(anchor_key, texts, config, inner_loop.denoiser)
+    trajectory = trajectories.draw(mask_key, config, rows, count)
     if phi is None:
         phi = inner_loop.start(phi_key, count, learned)
     return inner_loop.adapt(theta, learned, phi, trajectory, meta_gradient.FirstOrder())
+
+
+def write_prompt(
+    key: Key,
+    inner_loop: InnerLoop,
+    theta: Theta,
+    tokens: Tokens,
+    valid: Mask,
+    learned: InnerParameters | None = None,
+    phi: Phi = None,
+) -> tuple[Phi, InnerStep]:
+    """``write_texts`` of whole prompts [b, l], padded on either side, every row on its own."""
+    config = dataclasses.replace(inner_loop.config, pieces="parallel")
+    whole = dataclasses.replace(inner_loop, config=config)
+    texts = Texts(tokens[:, None], valid[:, None])
+    return write_texts(key, whole, theta, texts, learned, phi)
 
 
 def write_prompts(
@@ -105,8 +89,8 @@ def write_prompts(
         phi: fast weights that were written before, one group per row; ``None`` starts afresh.
 
     Returns:
-        (phi with one group per row, record of the inner steps [steps, rows]; with pieces
-        [pieces, steps, rows], NaN for the pieces that a shorter prompt does not have).
+        (phi with one group per row, record of the inner steps [steps, rows]; with pieces in
+        sequence [pieces, steps, rows], NaN for the pieces that a shorter prompt does not have).
     """
     write_one = _write_pieces if inner_loop.config.prompt_chunk else write_prompt
 
@@ -120,39 +104,22 @@ def write_prompts(
 
 
 def _write_pieces(key, inner_loop, theta, tokens, valid, learned, phi):
-    """``write_prompt`` of one row's pieces, in order or together."""
+    """``write_texts`` of one row in pieces."""
     width = min(inner_loop.config.prompt_chunk, tokens.shape[1])
-    count = jnp.sum(valid)
+    count, own = jnp.sum(valid), jnp.arange(width)
     size = -(-count // jnp.maximum(-(-count // width), 1))
-    phi_key, key = jax.random.split(key)
-    if phi is None:
-        phi = inner_loop.start(phi_key, 1, learned)
-
-    def cut(number):
-        own = jnp.arange(width)
-        at = number * size + own
-        present = (own < size) & (at < count)
-        return jnp.where(present, tokens[0, jnp.minimum(at, tokens.shape[1] - 1)], 0), present
-
-    numbers = jnp.arange(-(-tokens.shape[1] // width))
+    at = jnp.arange(-(-tokens.shape[1] // width))[:, None] * size + own
+    present = (own < size) & (at < count)
+    pieces = jnp.where(present, tokens[0, jnp.minimum(at, tokens.shape[1] - 1)], 0)
+    texts = Texts(pieces[None], present[None])
+    phi, record = write_texts(key, inner_loop, theta, texts, learned, phi)
     if inner_loop.config.pieces == "parallel":
-        pieces = jax.vmap(cut)(numbers)
-        texts = Texts(*(part[None] for part in pieces))
-        return write_texts(key, inner_loop, theta, texts, learned, phi)
-
-    def write(phi, number):
-        piece, present = cut(number)
-        piece_key = jax.random.fold_in(key, number)
-        rows = piece[None], present[None]
-        new, record = write_prompt(piece_key, inner_loop, theta, *rows, learned, phi)
-        there = jnp.any(present)
-        new = jax.tree.map(lambda a, b: jnp.where(there, a, b), new, phi)
-        record = dataclasses.replace(
-            record,
-            loss=jnp.where(there, record.loss, jnp.nan),
-            gradient_norm=jnp.where(there, record.gradient_norm, jnp.nan),
-            skipped=record.skipped & there,
-        )
-        return new, record
-
-    return jax.lax.scan(write, phi, numbers)
+        return phi, record
+    record = jax.tree.map(lambda leaf: leaf.reshape(len(at), -1, 1), record)
+    there = jnp.any(present, axis=-1)[:, None, None]
+    return phi, dataclasses.replace(
+        record,
+        loss=jnp.where(there, record.loss, jnp.nan),
+        gradient_norm=jnp.where(there, record.gradient_norm, jnp.nan),
+        skipped=record.skipped & there,
+    )

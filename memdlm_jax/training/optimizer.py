@@ -99,7 +99,7 @@ def _scale_rates(factor: float) -> optax.GradientTransformation:
 
 
 def _of_inner_loop(path) -> bool:
-    """Whether a parameter is one of ``memory.inner_loop.WithInner.inner``."""
+    """Whether a parameter is one of ``parameters.WithInner.inner``."""
     return bool(path) and getattr(path[0], "name", "") == "inner"
 
 

@@ -15,9 +15,9 @@ from memdlm_jax.diffusion import objective
 from memdlm_jax.diffusion.objective import PAPER_LOSS, Anchor, Corruption, LossConfig
 from memdlm_jax.diffusion.schedule import LinearSchedule, Schedule
 from memdlm_jax.memory import fast_weights, meta_gradient
-from memdlm_jax.memory.inner_loop import InnerLoop, WithInner
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.memory.meta_gradient import OuterLoss
-from memdlm_jax.parameters import Partitioned
+from memdlm_jax.parameters import Partitioned, WithInner
 from memdlm_jax.training import optimizer as optimizers
 from memdlm_jax.training.optimizer import OptimizerConfig
 from memdlm_jax.training.state import TrainState

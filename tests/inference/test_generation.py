@@ -13,10 +13,10 @@ from memdlm_jax.diffusion.canvas import pad_left
 from memdlm_jax.diffusion.samplers import DecodeConfig
 from memdlm_jax.inference import generation
 from memdlm_jax.inference.generation import Generator, Prompts
-from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from memdlm_jax.memory.inner_loop import InnerLoop, inner_loop_for
-from memdlm_jax.memory.written import write_prompt, write_prompts
+from memdlm_jax.memory.written import write_prompts, write_texts
+from memdlm_jax.typing import Texts
 from tests.models.small import small, theta_of
 
 # One inner step on one module: what is tested here compiles in a fraction of the time.
@@ -236,20 +236,15 @@ def test_a_long_prompt_is_written_piece_by_piece():
     prompt = np.random.default_rng(0).integers(2, 20, 10).tolist()
     phi, record = write_in_pieces(4, [prompt])
     assert record.loss.shape == (3, 1, 1) and np.isfinite(record.loss).all()
+    tokens = jnp.array(
+        [[[*piece, *[0] * (4 - len(piece))]] for piece in (prompt[:4], prompt[4:8], prompt[8:])]
+    )
+    texts = Texts(jnp.swapaxes(tokens, 0, 1), jnp.arange(12).reshape(1, 3, 4) < 10)
     key = jax.random.split(jax.random.key(0), 1)[0]
-    phi_key, key = jax.random.split(key)
-    config = dataclasses.replace(GENTLE, prompt_chunk=4)
-    own = fast_weights.init(phi_key, small("llada"), config, 1)
-    write = jax.jit(
-        functools.partial(
-            write_prompt, inner_loop=InnerLoop(small("llada"), config),
-            theta=loud_theta_of("llada"),
-        )
-    )  # fmt: skip
-    for number, piece in enumerate((prompt[:4], prompt[4:8], prompt[8:])):
-        tokens = jnp.array([[*piece, *[0] * (4 - len(piece))]])
-        valid = jnp.arange(4)[None] < len(piece)
-        own, _ = write(jax.random.fold_in(key, number), tokens=tokens, valid=valid, phi=own)
+    loop = InnerLoop(small("llada"), GENTLE)
+    own, _ = jax.jit(lambda key, theta: write_texts(key, loop, theta, texts))(
+        key, loud_theta_of("llada")
+    )
     for ours, theirs in zip(jax.tree.leaves(phi), jax.tree.leaves(own), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 

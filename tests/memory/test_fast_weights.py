@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memdlm_jax.evaluation import spectrum
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
 from tests.models.small import small
@@ -209,12 +210,12 @@ def test_a_memory_is_described_by_what_it_changes(adapter):
         rank=2, alpha=4.0, layer_fraction=0.4, target_modules=("up_proj",), adapter=adapter
     )
     phi = fast_weights.init(jax.random.key(0), small("llada_moe"), config, 2)
-    nothing = fast_weights.describe(phi)
+    nothing = spectrum.describe(phi)
     assert all((found["norm"] == 0).all() and (found["rank"] == 0).all()
                for found in nothing.values())  # fmt: skip
     noise = np.random.default_rng(0)
     phi = jax.tree.map(lambda x: jnp.asarray(noise.normal(size=x.shape), x.dtype), phi)
-    described = fast_weights.describe(phi)
+    described = spectrum.describe(phi)
     assert list(described) == ["mlp/experts/up_proj"]
     delta = phi["mlp"]["experts"]["up_proj"]["delta"]
     assert isinstance(delta, fast_weights.LowRank if adapter == "lora" else fast_weights.Dense)

@@ -10,13 +10,9 @@ import pytest
 
 from memdlm_jax.diffusion import objective
 from memdlm_jax.memory import fast_weights
-from memdlm_jax.memory.inner_loop import (
-    InnerLoop,
-    InnerParameters,
-    join_learned,
-    split_learned,
-)
+from memdlm_jax.memory.inner_loop import InnerLoop, InnerParameters
 from memdlm_jax.memory.written import write_prompt
+from memdlm_jax.parameters import join_learned, split_learned
 from memdlm_jax.typing import Context
 from tests.memory import tiny
 from tests.memory.tiny import MODEL, assert_close, batch_of, draw, settings

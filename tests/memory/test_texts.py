@@ -17,6 +17,7 @@ from tests.memory import tiny
 from tests.memory.tiny import LENGTH, MODEL, ROWS, assert_close, settings
 
 TEXTS, SEGMENTS, KEY = 2, 3, jax.random.key(4)
+MASKS_KEY = jax.random.key(5)
 COVER = {"masking": "cover", "steps": 3, "normalisation": "sum", "clip": "none"}
 COVER |= {"pieces": "parallel", "learning_rate": 0.05}
 
@@ -43,11 +44,17 @@ def drawn(config, seed=0, weighted=True):
     return tiny.draw(config, batch)
 
 
+def states_of(loop, texts):
+    """The states that write texts, each into a memory of its own."""
+    rows = trajectory.rows_of_texts(KEY, texts, loop.config, MODEL)
+    return trajectory.draw(MASKS_KEY, loop.config, rows, len(texts.tokens))
+
+
 def rows_of(config, seed=0, rows=5):
     tokens = np.random.default_rng(seed).integers(1, 9, (rows, LENGTH))
     valid = np.arange(LENGTH) < np.array([[8], [7], [3], [1], [0]])
-    given = jnp.asarray(tokens), jnp.asarray(valid)
-    return trajectory.rows_of_text(KEY, config, MODEL, *given)
+    texts = Texts(jnp.asarray(tokens)[:, None], jnp.asarray(valid)[:, None])
+    return trajectory.rows_of_texts(KEY, texts, config, MODEL)
 
 
 @pytest.mark.parametrize("deal", ["random", "spread"])
@@ -146,7 +153,7 @@ def test_segments_in_sequence_are_written_one_after_the_other(theta):
     loop, texts = InnerLoop(MODEL, config), texts_of(0)
     learned = loop.init_learned(KEY)
     learned = jax.tree.map(lambda x: x + 0.3 * np.arange(3.0)[:, None], learned)
-    states, phi = loop.draw_texts(KEY, texts, TEXTS), loop.start(KEY, TEXTS)
+    states, phi = states_of(loop, texts), loop.start(KEY, TEXTS)
     phi = jax.tree.map(lambda leaf: leaf.astype(float), phi)
     rule = meta_gradient.Exact()
     found, record = jax.jit(lambda phi: loop.adapt(theta, learned, phi, states, rule))(phi)
@@ -168,7 +175,7 @@ def test_sums_do_not_depend_on_how_many_segments_there_are(theta):
     phi = jax.tree.map(lambda leaf: leaf.astype(float), loop.start(KEY, 1))
 
     def write(texts):
-        states = loop.draw_texts(KEY, texts, len(texts.tokens))
+        states = states_of(loop, texts)
         start = jax.tree.map(lambda x: x.repeat(len(texts.tokens), 0), phi)
         return loop.adapt(theta, None, start, states, meta_gradient.Exact())[0]
 
@@ -181,7 +188,7 @@ def test_learned_rates_refuse_another_number_of_states(theta):
     loop = InnerLoop(MODEL, written(steps=3, learned=("rates",)))
     learned = loop.init_learned(KEY)
     other = InnerLoop(MODEL, written(steps=4, learned=("rates",)))
-    states = other.draw_texts(KEY, texts_of(0), TEXTS)
+    states = states_of(other, texts_of(0))
     with pytest.raises(ValueError, match="drew 4 states, but rates are learned for 3"):
         loop.adapt(theta, learned, loop.start(KEY, TEXTS), states, meta_gradient.Exact())
 

@@ -14,12 +14,12 @@ from memdlm_jax import partitioning
 from memdlm_jax.checkpoints.trees import named
 from memdlm_jax.memory import fast_weights
 from memdlm_jax.memory.config import MemoryConfig
-from memdlm_jax.memory.inner_loop import InnerLoop, join_learned
+from memdlm_jax.memory.inner_loop import InnerLoop
 from memdlm_jax.models import lora
 from memdlm_jax.models.lora import LoraConfig
 from memdlm_jax.models.published import PUBLISHED
 from memdlm_jax.models.quantize import quantized_tree
-from memdlm_jax.parameters import partition
+from memdlm_jax.parameters import join_learned, partition
 from memdlm_jax.training import state
 from memdlm_jax.training.sharding import Layout, MeshConfig
 from tests.models.small import FAMILIES

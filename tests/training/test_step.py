@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from memdlm_jax.diffusion.objective import LossConfig
-from memdlm_jax.memory.inner_loop import InnerLoop, inner_loop_for, join_learned
+from memdlm_jax.memory.inner_loop import InnerLoop, inner_loop_for
+from memdlm_jax.parameters import join_learned
 from memdlm_jax.training import optimizer, state, step
 from memdlm_jax.training import state as states
 from memdlm_jax.typing import Context
