@@ -25,7 +25,7 @@ from experiments import _cli, _memory, _model
 from memdlm_jax import processes, storage
 from memdlm_jax.checkpoints import hugging_face
 from memdlm_jax.data import sources
-from memdlm_jax.data.episodes import EpisodeBatches, EpisodeConfig, VisibleRows
+from memdlm_jax.data.episodes import EpisodeBatches, EpisodeConfig, NeedleEpisodes, VisibleRows
 from memdlm_jax.data.example import Example
 from memdlm_jax.data.filler import Filler
 from memdlm_jax.data.needles import NeedleConfig, NeedleTask
@@ -116,7 +116,7 @@ class WrittenMemoryConfig:
     """All settings of a run.
 
     Attributes:
-        init: model folder to start from.
+        init: model folder to start from, its learned inner loop included.
         memory: how texts are written.
         optimizer: of the outer loop; ``total_steps`` is the sum of the stages'.
         train: the loop; ``steps`` likewise.
@@ -191,9 +191,13 @@ class Curriculum:
         """The batch of a step; a stage takes its kinds of batches in turn."""
         for stage, kinds in self._stages:
             if step < stage.steps:
-                if stage.visible and step % (stage.visible + 1) == stage.visible:
-                    return self._visible.batch_at(step)
-                return kinds[step % len(kinds)].batch_at(step)
+                place = step
+                if stage.visible:
+                    rounds, rest = divmod(step, stage.visible + 1)
+                    if rest == stage.visible:
+                        return self._visible.batch_at(step)
+                    place -= rounds
+                return kinds[place % len(kinds)].batch_at(step)
             step -= stage.steps
         raise IndexError(f"step {step} is behind the last stage")
 
@@ -207,12 +211,16 @@ class Curriculum:
 
 
 def visible_examples(config: VisibleConfig, tokenizer: Tokenizer) -> list[Example]:
-    """Needles asked with their context, in RULER's words, and turns of conversations."""
+    """Needles asked with their context, in RULER's words and ours, and turns of conversations."""
     filler = Filler(sources.chitchat_sentences("train"), tokenizer)
     found: list[Example] = []
     for keys in config.keys:
         needles = NeedleConfig(length=config.length, num_keys=keys, split="train")
         found += sources.needle_examples(NeedleTask(needles, tokenizer, filler), 0, config.needles)
+        short = tuple(s for s in sources.chitchat_sentences("train") if len(s.split()) < 15)
+        texts = NeedleEpisodes(keys, config.length - 64, 1, "train", tokenizer, short)
+        episodes = (texts.episode(0, i) for i in range(config.needles))
+        found += [written.with_context(e, q) for e in episodes for q in e.questions if q.prompt]
     return found + list(itertools.islice(sources.chitchat_examples("train"), len(found)))
 
 
@@ -224,7 +232,12 @@ def train(config: WrittenMemoryConfig) -> loop.Result:
     def batches(part: PartConfig, split="train") -> EpisodeBatches:
         return EpisodeBatches(episodes_of(part.task, split, tokenizer), tokenizer, part.batch)
 
-    stages = [(stage, [batches(part) for part in stage.parts]) for stage in config.stages]
+    # Every stage draws episodes of its own.
+    first = 1000 * config.train.seed
+    stages = [
+        (stage, [batches(_seeded(part, first + number)) for part in stage.parts])
+        for number, stage in enumerate(config.stages)
+    ]
     for _, kinds in stages:
         for kind in kinds:
             kind.batch_at(0)  # What does not fit is an error before anything is trained.
@@ -237,7 +250,10 @@ def train(config: WrittenMemoryConfig) -> loop.Result:
     held_out = [batches(part, "validation") for part in config.held_out]
     validation = [plain.batch_of(_some(plain, plain.config.texts)) for plain in held_out]
     key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
-    start = states.create(join_learned(theta, inner_loop.init_learned(key)), config.optimizer)
+    learned = inner_loop.init_learned(key)
+    if (storage.path(config.init) / _memory.PARAMETERS).exists():
+        learned = _memory.inner_parameters(config.init, denoiser, config.memory)
+    start = states.create(join_learned(theta, learned), config.optimizer)
     corruption = WholeAnswers(LinearSchedule(), config.least)
     setup = StepSetup(denoiser, config.optimizer, inner_loop, corruption=corruption)
     identity = {
@@ -269,6 +285,10 @@ def train(config: WrittenMemoryConfig) -> loop.Result:
             tokenizer.save(folder / "tokenizer.json")
             logger.info("model in %s", folder)
     return result
+
+
+def _seeded(part: PartConfig, seed: int) -> PartConfig:
+    return dataclasses.replace(part, batch=dataclasses.replace(part.batch, seed=seed))
 
 
 def _some(kind: EpisodeBatches, count: int):

@@ -3,7 +3,8 @@
     python -m experiments.written_memory --config=experiments/configs/written_memory.py \
         --config.init=memdlm_jax/assets/tiny --config.train.output=runs/written_memory
 
-The settings were found on the validation split.
+The settings were found on the validation split. A number behind the file's name keeps only so many
+stages: ``--config=experiments/configs/written_memory.py:2``.
 """
 
 from ml_collections import config_dict
@@ -11,12 +12,12 @@ from ml_collections import config_dict
 from experiments import _memory
 
 
-def get_config() -> config_dict.ConfigDict:
+def get_config(stages: str = "3") -> config_dict.ConfigDict:
     """All settings of the run; names and meaning are those of the dataclasses."""
     config = config_dict.ConfigDict()
     config.init = "memdlm_jax/assets/tiny"
     config.model = ""
-    config.probe = 32
+    config.probe = 16
     config.episodes = 250
     config.least = 1.0
     config.visible = {"rows": 6, "length": 384, "keys": (4, 8, 12), "needles": 1000}
@@ -46,7 +47,7 @@ def get_config() -> config_dict.ConfigDict:
     config.train = config_dict.ConfigDict()
     config.train.output = "runs/written_memory"
     config.train.seed = 0
-    config.train.log_every = 10
+    config.train.log_every = 7  # meets all kinds of batches in turn
     config.train.validate_every = 100
     config.train.save_every = 200
     config.train.count_flops = False
@@ -56,26 +57,51 @@ def get_config() -> config_dict.ConfigDict:
         sizes = {"texts": texts, "questions": questions, "segment": 80, "segments": segments}
         return {"task": task, "batch": sizes | {"length": 32} | batch}
 
-    def told(kind, texts, questions, **task):
+    def told(kind, texts, questions, task=None, **batch):
         sizes = {"texts": texts, "questions": questions, "segment": 80, "segments": 2}
-        task = {"kind": kind, "questions": questions} | task
-        return {"task": task, "batch": sizes | {"length": 32}}
+        task = {"kind": kind, "questions": questions} | (task or {})
+        return {"task": task, "batch": sizes | {"length": 32} | batch}
+
+    def facts(**batch):
+        return told("conversation", 12, 4, {"keys": 4, "tokens": 100}, **batch)
 
     four = needles(4, 0, 1, 16)
     eight, sixteen = needles(8, 0, 2, 8, 8), needles(16, 0, 5, 4, 16)
     short, middle, long = needles(4, 192, 4, 6), needles(4, 512, 9, 3), needles(4, 2048, 32, 1)
-    stories, facts = told("qa1", 12, 2), told("conversation", 12, 4, keys=4, tokens=100)
+    stories = told("qa1", 16, 2)
     config.stages = (
+        # Answers alone, then all tokens: needles first, which are learnt fastest.
         {"steps": 320, "parts": (needles(4, 0, 1, 16, focus=14.0, hold=140, ramp=180),)},
-        {"steps": 280, "parts": (four, eight), "visible": 9},
-        {"steps": 400, "parts": (four, eight, short, sixteen), "visible": 9},
         {
-            "steps": 1400,
-            "parts": (four, eight, sixteen, short, middle, stories, four, facts, long),
-            "visible": 9,
+            "steps": 900,
+            "parts": (
+                told("qa1", 16, 2, focus=14.0, hold=450, ramp=300),
+                facts(focus=14.0, hold=450, ramp=300),
+                told("qa1", 16, 2, focus=14.0, hold=450, ramp=300),
+                four,
+            ),
+            "visible": 8,
+        },
+        # All tasks and lengths.
+        {
+            "steps": 900,
+            "parts": (
+                four,
+                stories,
+                eight,
+                sixteen,
+                stories,
+                short,
+                facts(),
+                middle,
+                stories,
+                long,
+            ),
+            "visible": 8,
         },
     )
-    config.held_out = (four, short)
-    config.evaluate = (four, eight, sixteen, short, middle, long, stories, facts)
+    config.evaluate = (four, eight, sixteen, short, middle, long, stories, facts())
+    config.stages = config.stages[: int(stages)]
+    config.held_out = (four, short, stories, facts())
     config.distributed = {}
     return config

@@ -217,6 +217,8 @@ def _episode_of(fields: Any, source: str) -> Episode:
                 f"response {pair[1]!r} must be in the context: 'answer_in_context' is true"
             )
         prompt, response = pair
+        if f" {response}" in text:  # Its tokens are then those of the text.
+            response = f" {response}"
         questions.append(Example(prompt, response, group, source))
     answers = tuple(q.response.strip() for q in questions if q.response.strip() in text)
     return Episode(pieces, tuple(questions), answers, group)

@@ -1,4 +1,7 @@
-"""What episodes can be about: needles, bAbI stories, facts of a conversation, or own JSON lines."""
+"""What episodes can be about: needles, bAbI stories, facts of a conversation, or own JSON lines.
+
+Responses that are words begin with a space, so that their tokens are those of the text.
+"""
 
 import dataclasses
 import functools
@@ -131,7 +134,7 @@ class StoryEpisodes:
                 break
         group = f"{self.task}/{seed}/{index}"
         pairs = list(asked.items())[: self.questions]
-        questions = tuple(Example(q, a, group, self.task) for q, a in pairs)
+        questions = tuple(Example(q, f" {a}", group, self.task) for q, a in pairs)
         return Episode(tuple(story.facts), questions, babi.PLACES, group)
 
 
@@ -172,7 +175,7 @@ class ConversationEpisodes:
             pieces.insert(int(rng.integers(len(pieces) + 1)), said)
         group = f"conversation/{seed}/{index}"
         questions = tuple(
-            Example(f"What is my {things[i]} called?", names[i], group, "conversation")
+            Example(f"What is my {things[i]} called?", f" {names[i]}", group, "conversation")
             for i in rng.choice(self.keys, self.questions, replace=False)
         )
         return Episode(tuple(pieces), questions, tuple(names), group)

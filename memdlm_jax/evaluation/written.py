@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from memdlm_jax.data.episodes import Episode, EpisodeBatches
@@ -98,16 +97,15 @@ class Asker:
             raise ValueError("way='other' needs at least 2 episodes")
         found: dict[Way, list[str]] = {way: [] for way in ways}
         for start in range(0, len(episodes), size):
-            some = list(episodes[start : start + size])
-            missing = size - len(some)
-            # Fill up, so that all batches share a compilation.
-            batch = [*some, *episodes[:missing]] if missing else some
-            batch = [batch[i % len(batch)] for i in range(size)]
+            some = episodes[start : start + size]
+            # Filled up, so that all batches share a compilation.
+            batch = [episodes[(start + i) % len(episodes)] for i in range(size)]
             key = jax.random.fold_in(jax.random.key(self.seed), start)
-            memory = None
-            if {"on", "other"} & set(ways):
-                memory = self._write(key, batch)
+            # Of every text the one before, also across batches.
+            others = [episodes[(start + i - 1) % len(episodes)] for i in range(size)]
             for way in ways:
+                texts = {"on": batch, "other": others}.get(way)
+                memory = None if texts is None else self._write(key, texts)
                 replies = self._replies(key, batch, way, memory)
                 found[way] += replies[: len(some) * self.batches.config.questions]
         answers = [q.response for e in episodes for q in self._asked(e)]
@@ -143,14 +141,11 @@ class Asker:
         config = systems.stopping(self.config, tokenizer)
         width = systems.rounded(max(map(len, prompts)))
         tokens, valid = canvas.pad_left(prompts, width, tokenizer.pad_id)
-        phi, loop = None, None
-        if way in ("on", "other"):
-            loop = self.system.inner_loop
-            phi = memory if way == "on" else jax.tree.map(lambda x: jnp.roll(x, 1, 0), memory)
+        loop = None if memory is None else self.system.inner_loop
         generator = Generator(self.system.denoiser, loop, config)
         keys = jax.random.split(key, len(prompts))
         decoded = generation.generate(
-            generator, self.system.theta, Prompts(keys, tokens, valid), None, phi
+            generator, self.system.theta, Prompts(keys, tokens, valid), None, memory
         )
         return systems.replies(tokenizer, jax.device_get(decoded), config.stop).texts
 

@@ -186,7 +186,7 @@ class TestJsonl:
         assert first.pieces == ("The sky is red.", "It rains.") and first.answers == ("red",)
         assert second.pieces == ("User: I am Ann.", "Assistant: Hi!")
         assert second.group == "ann" and second.answers == ("Ann",)
-        assert [q.response for q in second.questions] == ["Ann", "Hello"]
+        assert [q.response for q in second.questions] == [" Ann", "Hello"]
 
     @pytest.mark.parametrize(
         ("line", "said"),
