@@ -239,3 +239,26 @@ def test_the_plain_model_is_unchanged_by_an_empty_text():
     texts = rows.batch_at(0).context
     phi, _ = written.written.write_texts(jax.random.key(0), loop, theta, texts)
     assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(phi))
+
+
+def test_a_curriculum_takes_its_kinds_in_turn_and_ordinary_rows_between():
+    class Named:
+        def __init__(self, name, length=32):
+            self.name, self.config, self.length = name, self, length
+
+        def batch_at(self, step):
+            return f"{self.name}{step}"
+
+        def target_capacity(self, length):
+            return length // 8
+
+    stages = written_memory.from_config_dict(config("x")).stages
+    first = written_memory.dataclasses.replace(stages[0], steps=3, visible=0)
+    second = written_memory.dataclasses.replace(stages[1], steps=6, visible=2)
+    kinds = [Named("a"), Named("b", 16)]
+    curriculum = written_memory.Curriculum([(first, kinds), (second, kinds)], Named("v", 64))
+    taken = [curriculum.batch_at(step) for step in range(9)]
+    assert taken == ["a0", "b1", "a2", "a0", "b1", "v2", "a3", "b4", "v5"]
+    assert [curriculum.target_capacity(length) for length in (32, 16, 64)] == [4, 2, 8]
+    with pytest.raises(IndexError):
+        curriculum.batch_at(9)
