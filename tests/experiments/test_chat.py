@@ -223,7 +223,8 @@ def test_in_pieces_what_is_left_out_is_still_written(model, capsys):
     class Stopped(Exception):
         pass
 
-    def answer(keys, prompt, written, show):
+    def answer(keys, prompt, written, show, document):
+        assert document is None
         given.extend([prompt, written])
         raise Stopped
 

@@ -175,14 +175,19 @@ class TestAsker:
 
     def test_memory_of_its_own_text_is_read_and_of_another_too(self, model, monkeypatch):
         system, _, tokenizer, longest = ask.load(model)
-        seen = []
-        original = written.generation.generate
+        seen, texts_written = [], []
+        generate, write = written.generation.generate, written._write
 
         def spy(generator, theta, prompts, learned, phi):
             seen.append(phi)
-            return original(generator, theta, prompts, learned, phi)
+            return generate(generator, theta, prompts, learned, phi)
+
+        def spy_on_texts(loop, key, theta, learned, texts):
+            texts_written.append(texts.tokens)
+            return write(loop, key, theta, learned, texts)
 
         monkeypatch.setattr(written.generation, "generate", spy)
+        monkeypatch.setattr(written, "_write", spy_on_texts)
         sizes = written_memory.EpisodeConfig(texts=2, questions=1, segment=40, segments=2)
         kind = written_memory.EpisodeBatches(None, tokenizer, sizes)
         episodes = [
@@ -196,9 +201,12 @@ class TestAsker:
         )
         on, off, other, context = seen[:4]
         assert off is None and context is None
-        for a, b in zip(jax.tree.leaves(on), jax.tree.leaves(other), strict=True):
-            np.testing.assert_array_equal(a, np.roll(b, -1, 0))
-            assert np.abs(a).max() > 0
+        for phi in (on, other):
+            assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(phi))
+        first, second, third = episodes
+        own_and_other = [[first, second], [third, first], [third, first], [second, third]]
+        for tokens, expected in zip(texts_written, own_and_other, strict=True):
+            np.testing.assert_array_equal(tokens, kind.batch_of(expected).context.tokens)
 
     def test_other_needs_another_text(self, model):
         system, _, tokenizer, longest = ask.load(model)
