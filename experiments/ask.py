@@ -115,7 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--question", action="append", default=[], help="may be repeated")
     parser.add_argument("--save_memory", default="", help="file to keep the memory in")
     parser.add_argument("--load_memory", default="", help="file of a memory, instead of a document")
-    parser.add_argument("--length", type=int, default=8, help="most tokens of an answer")
+    parser.add_argument(
+        "--length", type=int, default=3,
+        help="most tokens of an answer with its end, as the model was trained (shipped reader: 3)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the masks of the writing")
     parser.add_argument("--json", action="store_true", help="one JSON object a question")
     o = parser.parse_args(arguments)
@@ -128,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if o.save_memory and o.load_memory:
         parser.error("--save_memory needs --document: a loaded memory is saved already")
     try:
-        decode = DecodeConfig(length=o.length, block_length=o.length, steps=o.length)
+        decode = DecodeConfig(length=o.length, block_length=1)  # from left to right
         text = storage.read_text(storage.path(o.document), "utf-8-sig") if o.document else ""
         system, memory, tokenizer, max_length = load(o.model, o.load_memory)
         if o.load_memory:
