@@ -1,8 +1,16 @@
-"""From the shipped denoiser to a report in about eight minutes on two CPU cores.
+"""Memory that answers, its training, and the three systems: about ten minutes on two CPU cores.
 
     python -m experiments.quickstart --config=experiments/configs/quickstart.py
 
-Measured so, one training seed; correct answers in %, n = 200 different questions per cell, 12 keys,
+From a fresh clone, installation included, 9 min 19 s on two idle cores (with 250 steps in part 2).
+
+Part 1, the shipped reader, texts absent, n = 64: 98.4 % right on 4 keys and on 4 keys in 192 tokens
+of sentences; 0 % without memory and with the memory of another text; guessing gives 25 %.
+
+Part 2, from the plain denoiser, 280 steps, one seed, held-out texts, n = 64: exact 96.9 %, first
+order 14.1 % (below guessing, 25 %).
+
+Part 3, the text visible, one training seed; right answers in %, n = 200 a cell, 12 keys,
 guessing a value of the context gives 8.3 %, 95 % intervals about +-4:
 
     length                384     504
@@ -37,12 +45,13 @@ def get_config() -> config_dict.ConfigDict:
     for filled in ("init", "model", "distributed"):
         del config.written[filled]
     four, _, _, short, *_ = config.written.evaluate
-    (first, *_) = config.written.stages
-    config.written.stages = ({"steps": 250, "parts": first["parts"]},)
+    curriculum = {"focus": 14.0, "hold": 90, "ramp": 90}
+    learnt = {"task": four["task"], "batch": four["batch"] | curriculum}
+    config.written.stages = ({"steps": 280, "parts": (learnt,)},)
     config.written.held_out, config.written.evaluate = (four,), (four, short)
     config.written.probe, config.written.episodes = 16, 16
-    config.written.train.validate_every = 25
-    config.written.train.save_every = 125
+    config.written.train.validate_every = 40
+    config.written.train.save_every = 140
 
     config.memory = finetune_needles.get_config().memory
     del config.memory["enabled"]
